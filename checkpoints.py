@@ -1,0 +1,123 @@
+"""Where the weights of dev and schnell are: a folder, a Hugging Face repo fetched first, or a random stand-in."""
+
+import atexit
+import logging
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+
+from random_flux import FluxSize, write_random_flux
+from settings import Settings, SettingsError
+
+log = logging.getLogger(__name__)
+
+MODELS = ("dev", "schnell")
+WEIGHTS = Path(__file__).parent / "weights"
+OWN_PARTS = ("transformer", "scheduler")
+STAND_IN_PREFIX = "flux-stand-in-"
+SHARED_PARTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")  # the same in dev and schnell
+
+
+def find_checkpoints(settings: Settings, weights: Path = WEIGHTS) -> dict[str, Path]:
+    """The folder of each model, in diffusers layout and complete but for what schnell may take from dev.
+
+    For each in turn: `FLUX_DEV` / `FLUX_SCHNELL`, then `weights/FLUX.1-dev` / `weights/FLUX.1-schnell`, then a stand-in
+    of random weights. Raises `SettingsError` when what was asked for is not there or is no FLUX.1 checkpoint.
+    """
+    references = {"dev": settings.flux_dev, "schnell": settings.flux_schnell}
+    folders: dict[str, Path] = {}
+    for model in MODELS:
+        variable, reference = f"FLUX_{model.upper()}", references[model]
+        default = weights / f"FLUX.1-{model}"
+        borrows = "dev" in folders and not is_stand_in(folders["dev"])
+        if reference is not None:
+            folders[model] = _resolve(reference, variable, settings.hf_token, borrows=borrows)
+        elif default.is_dir():
+            folders[model] = default
+        else:
+            folders[model] = _stand_in(model, variable)
+        _check_layout(folders, model, variable)
+        log.info("%s: %s", model, folders[model])
+    return folders
+
+
+def is_stand_in(folder: Path) -> bool:
+    """Whether this process made the folder's weights up."""
+    return folder.parent.name.startswith(STAND_IN_PREFIX)
+
+
+def _resolve(reference: str, variable: str, token: str | None, *, borrows: bool) -> Path:
+    folder = Path(reference).expanduser()
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", reference):
+        raise SettingsError(
+            f"The environment variable {variable} is {reference!r}, which is neither a folder here nor a Hugging Face "
+            "repo id such as black-forest-labs/FLUX.1-dev."
+        )
+    parts = OWN_PARTS if borrows else OWN_PARTS + SHARED_PARTS
+    if borrows:
+        log.info("%s: the VAE and the text encoders are dev's and are not fetched again", reference)
+    return _fetch(reference, variable, token, parts)
+
+
+def _fetch(repo: str, variable: str, token: str | None, parts: tuple[str, ...]) -> Path:
+    """Fetch a repo's parts into Hugging Face's own cache (resumed after a break, nothing twice), with progress."""
+    log.info("%s: fetching %s from Hugging Face", variable, repo)
+    wanted = [f"{part}/*.{kind}" for part in parts for kind in ("json", "safetensors", "txt", "model")]
+    about = f"The environment variable {variable} names the Hugging Face repo {repo}"
+    try:
+        return Path(snapshot_download(repo, allow_patterns=wanted, token=token))
+    except GatedRepoError:
+        raise SettingsError(
+            f"{about}, which is gated: accept its licence on its page and set HF_TOKEN to a token of that account."
+        ) from None
+    except RepositoryNotFoundError:
+        raise SettingsError(
+            f"{about}, but there is no such repo, or it is private and HF_TOKEN does not open it."
+        ) from None
+    except HFValidationError:
+        raise SettingsError(f"{about}, which is not a valid repo id.") from None
+    except LocalEntryNotFoundError:
+        raise SettingsError(
+            f"{about}, but Hugging Face cannot be reached and its files are not all in the cache."
+        ) from None
+    except HfHubHTTPError as error:
+        raise SettingsError(f"{about}, but Hugging Face answered {error.response.status_code}.") from None
+    except OSError as error:
+        raise SettingsError(f"{about}, but fetching it failed: {error.strerror or type(error).__name__}.") from None
+
+
+def _check_layout(folders: Mapping[str, Path], model: str, variable: str) -> None:
+    """Say what is missing before anything is loaded."""
+    for part in OWN_PARTS + SHARED_PARTS:
+        homes = [folders[model]] + ([folders["dev"]] if part in SHARED_PARTS else [])
+        if not any((home / part).is_dir() for home in homes):
+            raise SettingsError(
+                f"The environment variable {variable} leads to {folders[model]}, which is not a FLUX.1 checkpoint in "
+                f"diffusers layout: it has no folder {part}."
+            )
+
+
+def _stand_in(model: str, variable: str) -> Path:
+    folder = Path(tempfile.mkdtemp(prefix=STAND_IN_PREFIX))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    log.warning(
+        "%s IS A STAND-IN WITH RANDOM WEIGHTS AND DRAWS NOISE: %s is not set and weights/FLUX.1-%s is not there.",
+        model.upper(),
+        variable,
+        model,
+    )
+    write_random_flux(folder / model, FluxSize(), model=model)
+    return folder / model

@@ -1,0 +1,26 @@
+"""The device that the model runs on: all that differs between a CPU and a CUDA GPU."""
+
+import torch
+
+from settings import SettingsError
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device called `name` ("cpu", "cuda", "cuda:1"); None: the first GPU, or the CPU where there is none.
+
+    Raises `SettingsError` for a GPU that is not there.
+    """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise SettingsError(
+            f"The environment variable FLUX_DEVICE asks for {name}, but torch sees {torch.cuda.device_count()} GPUs."
+        )
+    return device
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what was queued on a GPU, so that a clock read next is right; a CPU has nothing queued."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,244 @@
+"""The predictor that Cog serves: what it takes, and the way of one request from its inputs to its pictures."""
+
+import logging
+import pathlib
+import secrets
+import sys
+import tempfile
+from collections import deque
+
+from cog import BaseRunner, Input, Path
+from PIL import Image
+from tqdm import tqdm
+
+from checkpoints import find_checkpoints, is_stand_in
+from device import choose_device
+from flux_pipelines import Flux, Job, decode, denoise, encode_picture, encode_prompt, load_flux, steps_to_run
+from images import Inputs, keep_unmasked, read_inputs, save_pictures
+from phases import Phases
+from settings import read_settings
+
+log = logging.getLogger("flux-lora")
+logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for every file asked of Hugging Face
+
+METRIC_PHASES = ("lora_fetch", "lora_apply", "encode", "denoise", "decode", "safety", "save")
+KEPT_OUTPUT_FOLDERS = 2  # the last request's and this one's
+
+
+class Predictor(BaseRunner):
+    """FLUX.1 dev and schnell with up to two LoRAs. Cog's static schema generator reads the signature of `run`: inputs,
+    defaults and bounds there are literals, each description is one plain string."""
+
+    def setup(self, weights: Path | None = None) -> None:
+        """Load both models; everything that can be wrong with the environment is an error here, of one sentence."""
+        if weights:
+            raise ValueError("COG_WEIGHTS is set, but this version cannot load LoRAs yet: unset it.")
+        self.settings = read_settings()
+        self.device = choose_device(self.settings.flux_device)
+        phases = Phases(self.device)
+        with phases.time("find weights"):
+            folders = find_checkpoints(self.settings)
+        with phases.time("load models"):
+            self.models = load_flux(folders, self.device)
+        self.stand_ins = {name for name, folder in folders.items() if is_stand_in(folder)}
+        self.output_folders: deque[tempfile.TemporaryDirectory[str]] = deque()
+
+    def run(  # noqa: PLR0913, PLR0917 - the contract has 21 inputs
+        self,
+        prompt: str = Input(
+            description="What to draw. With a LoRA, its trigger word activates the trained subject or style."
+        ),
+        image: Path | None = Input(
+            description="Input image for image-to-image, or with `mask` for inpainting. The output follows its shape, and aspect_ratio, width, height and megapixels are ignored.",
+            default=None,
+        ),
+        mask: Path | None = Input(
+            description="Mask for inpainting: white is repainted, black is kept. Needs `image`; resized to it.",
+            default=None,
+        ),
+        aspect_ratio: str = Input(
+            description="Shape of the output. `custom` uses width and height, and runs in bf16.",
+            choices=["1:1", "16:9", "21:9", "3:2", "2:3", "4:5", "5:4", "3:4", "4:3", "9:16", "9:21", "custom"],
+            default="1:1",
+        ),
+        height: int | None = Input(
+            description="Height in pixels, only with aspect_ratio `custom`; rounded to the nearest multiple of 16. Not available in fast mode.",
+            ge=256,
+            le=1440,
+            default=None,
+        ),
+        width: int | None = Input(
+            description="Width in pixels, only with aspect_ratio `custom`; rounded to the nearest multiple of 16. Not available in fast mode.",
+            ge=256,
+            le=1440,
+            default=None,
+        ),
+        prompt_strength: float = Input(
+            description="For image-to-image and inpainting: 1.0 destroys the information in the input image entirely, 0 returns it unchanged.",
+            ge=0,
+            le=1,
+            default=0.8,
+        ),
+        model: str = Input(
+            description="Which FLUX.1 to run. dev is at its best near 28 steps, schnell needs only 4.",
+            choices=["dev", "schnell"],
+            default="dev",
+        ),
+        num_outputs: int = Input(
+            description="How many pictures to make. Picture i is the one that seed + i gives alone.",
+            ge=1,
+            le=4,
+            default=1,
+        ),
+        num_inference_steps: int = Input(
+            description="Number of denoising steps: near 28 for dev, 4 for schnell. Fewer are faster and rougher.",
+            ge=1,
+            le=50,
+            default=28,
+        ),
+        guidance_scale: float = Input(
+            description="How closely dev follows the prompt. Lower is more realistic. schnell has no guidance.",
+            ge=0,
+            le=10,
+            default=3,
+        ),
+        seed: int | None = Input(
+            description="Seed for reproducible generation. Without one a random seed is chosen and reported.",
+            default=None,
+        ),
+        output_format: str = Input(
+            description="File format of the output pictures.",
+            choices=["webp", "jpg", "png"],
+            default="webp",
+        ),
+        output_quality: int = Input(
+            description="Quality of webp and jpg from 0 to 100, best at 100. Ignored for png.",
+            ge=0,
+            le=100,
+            default=80,
+        ),
+        disable_safety_checker: bool = Input(
+            description="Return the pictures without screening them.",
+            default=False,
+        ),
+        go_fast: bool = Input(
+            description="Run faster predictions on the fp8-quantized model; off, the original bf16.",
+            default=False,
+        ),
+        megapixels: str = Input(
+            description="Approximate number of megapixels of the output.",
+            choices=["1", "0.25"],
+            default="1",
+        ),
+        replicate_weights: str | None = Input(
+            description="LoRA to use: a Replicate model `<owner>/<name>` or `<owner>/<name>/<version>`, `huggingface.co/<owner>/<name>`, `civitai.com/models/<id>`, or the URL of a .safetensors file. Example: fofr/flux-pixar-cars",
+            default=None,
+        ),
+        lora_scale: float = Input(
+            description="Strength of the main LoRA. Between 0 and 1 is usual; under go_fast it is multiplied by 1.5.",
+            ge=-1,
+            le=3,
+            default=1,
+        ),
+        extra_lora: str | None = Input(
+            description="A second LoRA to use with or without the first, named in the same ways.",
+            default=None,
+        ),
+        extra_lora_scale: float = Input(
+            description="Strength of the second LoRA. Between 0 and 1 is usual; under go_fast it is multiplied by 1.5.",
+            ge=-1,
+            le=3,
+            default=1,
+        ),
+    ) -> list[Path]:
+        """Draw the pictures of one request, one after another."""
+        # JSON's 28.0 is an integer to the schema and a float to Python
+        num_outputs, steps, quality = int(num_outputs), int(num_inference_steps), int(output_quality)
+        seed = _usable_seed(seed, num_outputs)
+        _refuse_loras(replicate_weights, extra_lora)
+        self._say_what_differs(model, go_fast, disable_safety_checker)
+        phases, flux = Phases(self.device), self.models[model]
+
+        with phases.time("read"):
+            inputs = read_inputs(image, mask, aspect_ratio, megapixels, width, height)
+        log.info("%s, %s, %d x %d, seed %d", model, inputs.mode, *inputs.size, seed)
+        if inputs.picture is not None and steps_to_run(steps, prompt_strength) == 0:
+            pictures = [inputs.picture] * num_outputs
+        else:
+            with phases.time("encode"):
+                job = Job(
+                    size=inputs.size,
+                    steps=steps,
+                    guidance=guidance_scale,
+                    embeds=encode_prompt(flux, prompt),
+                    strength=prompt_strength,
+                    posterior=encode_picture(flux, inputs.picture) if inputs.picture else None,
+                    mask=inputs.mask,
+                )
+            phases.report()
+            pictures = _draw(flux, job, range(seed, seed + num_outputs), inputs.picture, phases)
+        with phases.time("save"):
+            paths = save_pictures(pictures, self._fresh_output_folder(), output_format, quality)
+        phases.report()
+        self._record_metrics(seed, inputs, phases)
+        return [Path(path) for path in paths]
+
+    def _say_what_differs(self, model: str, go_fast: bool, disable_safety_checker: bool) -> None:
+        """Nothing is done otherwise than asked without a line in the log."""
+        if model in self.stand_ins:
+            log.warning("%s has random weights, a stand-in for the real ones: it draws noise", model)
+        if go_fast:
+            log.warning("go_fast: this version has no fp8 yet and runs bf16")
+        if not disable_safety_checker:
+            log.warning("this version has no safety checker yet: the pictures are not screened")
+
+    def _fresh_output_folder(self) -> pathlib.Path:
+        """A new temporary folder. Cog's server reads the pictures after run() has returned, so they stay a while."""
+        self.output_folders.append(tempfile.TemporaryDirectory(prefix="flux-lora-"))
+        if len(self.output_folders) > KEPT_OUTPUT_FOLDERS:
+            self.output_folders.popleft().cleanup()
+        return pathlib.Path(self.output_folders[-1].name)
+
+    def _record_metrics(self, seed: int, inputs: Inputs, phases: Phases) -> None:
+        width, height = inputs.size
+        metrics: dict[str, int | float | str] = {
+            "seed": seed,
+            "mode": inputs.mode,
+            "precision": "bf16",
+            "width": width,
+            "height": height,
+            "lora_cache": "none",
+            "images_blocked": 0,
+        }
+        metrics |= {f"{name}_time": phases.seconds.get(name, 0.0) for name in METRIC_PHASES}
+        for name, value in metrics.items():
+            self.record_metric(name, value)
+
+
+def _usable_seed(seed: int | None, num_outputs: int) -> int:
+    if seed is None:
+        return secrets.randbits(32)
+    if not -(2**63) <= seed <= 2**64 - num_outputs:
+        raise ValueError("seed must fit into 64 bits: give a number from 0 to 18446744073709551612.")
+    return int(seed)
+
+
+def _refuse_loras(*references: str | None) -> None:
+    if any(references):
+        raise ValueError("This version cannot load LoRAs yet: leave replicate_weights and extra_lora empty.")
+
+
+def _draw(flux: Flux, job: Job, seeds: range, original: Image.Image | None, phases: Phases) -> list[Image.Image]:
+    """One picture a seed, with one progress bar over the denoising steps of all of them."""
+    pictures = []
+    with tqdm(total=len(seeds) * job.steps_to_run, desc="denoising") as bar:
+        for seed in seeds:
+            with phases.time("denoise"):
+                latents = denoise(flux, job, seed, bar.update)
+            with phases.time("decode"):
+                picture = decode(flux, latents, job.size)
+            if job.mask is not None and original is not None:
+                picture = keep_unmasked(picture, original, job.mask)
+            pictures.append(picture)
+    return pictures

@@ -1,0 +1,157 @@
+"""A FLUX.1 checkpoint of any size with random weights, in diffusers' folder layout.
+
+It has every part that the real checkpoint has, so the same code loads and runs it; what it draws is noise.
+The predictor falls back to one when it is given no checkpoint, the tests and benchmarks build theirs with it.
+"""
+
+import string
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+
+LATENT_CHANNELS = 16
+
+
+@dataclass(frozen=True)
+class FluxSize:
+    """The numbers in which one FLUX.1 differs from another. The defaults are the smallest that draws anything."""
+
+    heads: int = 2
+    rope_axes: tuple[int, int, int] = (4, 6, 6)  # their sum is the width of one attention head
+    double_blocks: int = 1
+    single_blocks: int = 1
+    t5_width: int = 32
+    t5_layers: int = 1
+    clip_width: int = 32
+    clip_layers: int = 1
+    vae_channels: tuple[int, int, int, int] = (8, 8, 16, 16)
+    vae_layers: int = 1
+
+
+# FLUX.1's own width everywhere, at a depth that two cores can run; the whole model has 19 + 38 blocks, 24 T5 layers.
+FULL_WIDTH = FluxSize(
+    heads=24,
+    rope_axes=(16, 56, 56),
+    double_blocks=2,
+    single_blocks=4,
+    t5_width=4096,
+    t5_layers=1,
+    clip_width=768,
+    clip_layers=2,
+    vae_channels=(128, 256, 512, 512),
+    vae_layers=2,
+)
+
+
+def write_random_flux(
+    folder: Path, size: FluxSize, *, model: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0
+) -> None:
+    """Write a whole checkpoint of `model` ("dev" has a guidance embedding and a shifted schedule, "schnell" neither).
+
+    The VAE, text encoders and tokenizers depend on `size` and `seed` alone, so that dev's and schnell's are the same.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    default_dtype = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # a full-width model must never exist in float32
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            clip_tokenizer, t5_tokenizer = _clip_tokenizer(), _t5_tokenizer()
+            FluxPipeline(
+                scheduler=_scheduler(model),
+                vae=_vae(size),
+                text_encoder=_clip(size, clip_tokenizer),
+                tokenizer=clip_tokenizer,
+                text_encoder_2=_t5(size, t5_tokenizer),
+                tokenizer_2=t5_tokenizer,
+                transformer=_transformer(size, guidance=model == "dev"),
+            ).save_pretrained(folder, max_shard_size="2GB")
+    finally:
+        torch.set_default_dtype(default_dtype)
+
+
+def _scheduler(model: str) -> FlowMatchEulerDiscreteScheduler:
+    shifted = {"shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
+    unshifted = {"shift": 1.0, "use_dynamic_shifting": False}
+    return FlowMatchEulerDiscreteScheduler(
+        **(shifted if model == "dev" else unshifted), base_image_seq_len=256, max_image_seq_len=4096
+    )
+
+
+def _transformer(size: FluxSize, *, guidance: bool) -> FluxTransformer2DModel:
+    return FluxTransformer2DModel(
+        in_channels=LATENT_CHANNELS * 4,
+        num_layers=size.double_blocks,
+        num_single_layers=size.single_blocks,
+        attention_head_dim=sum(size.rope_axes),
+        num_attention_heads=size.heads,
+        joint_attention_dim=size.t5_width,
+        pooled_projection_dim=size.clip_width,
+        guidance_embeds=guidance,
+        axes_dims_rope=size.rope_axes,
+    ).eval()
+
+
+def _vae(size: FluxSize) -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=size.vae_channels,
+        layers_per_block=size.vae_layers,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=min(32, size.vae_channels[0]),
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ).eval()
+
+
+def _clip(size: FluxSize, tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=size.clip_width,
+            intermediate_size=4 * size.clip_width,
+            projection_dim=size.clip_width,
+            num_hidden_layers=size.clip_layers,
+            num_attention_heads=max(1, size.clip_width // 64),
+            max_position_embeddings=tokenizer.model_max_length,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    ).eval()
+
+
+def _t5(size: FluxSize, tokenizer: T5Tokenizer) -> T5EncoderModel:
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=len(tokenizer),
+            d_model=size.t5_width,
+            d_ff=size.t5_width * 5 // 2,
+            d_kv=min(64, size.t5_width),
+            num_heads=max(1, size.t5_width // 64),
+            num_layers=size.t5_layers,
+            feed_forward_proj="gated-gelu",
+        )
+    ).eval()
+
+
+def _clip_tokenizer() -> CLIPTokenizer:
+    """One token a byte: a vocabulary without merges needs no corpus."""
+    letters = sorted(ByteLevel.alphabet())
+    tokens = letters + [letter + "</w>" for letter in letters] + ["<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=77)
+
+
+def _t5_tokenizer() -> T5Tokenizer:
+    """One token a printable ASCII character."""
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    letters = [(letter, -4.0) for letter in string.ascii_letters + string.digits + string.punctuation]
+    return T5Tokenizer(vocab=special + letters, extra_ids=0, model_max_length=512)

@@ -1,0 +1,1 @@
+"""What the scripts, tests and benchmarks share. None of it goes into the container."""

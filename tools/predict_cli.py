@@ -1,0 +1,207 @@
+"""One prediction from the command line: what `cog predict` does with a container, with Cog's server on this machine."""
+
+import argparse
+import base64
+import json
+import mimetypes
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import requests
+
+from tools.cog_schema import ROOT, openapi_document
+from tools.server import ServerError, cog_server
+
+PROGRESS_BAR = re.compile(r"\d+%\|")
+Json = dict[str, Any]
+
+
+class UsageError(ValueError):
+    """The command line cannot be used; the message says what would do."""
+
+
+def main() -> int:
+    """Returns the exit code: 0 when the prediction succeeded."""
+    arguments = _parse_arguments()
+    schema = openapi_document((ROOT / "predict.py").read_text(), "Predictor")["components"]["schemas"]
+    try:
+        inputs = _json_inputs(arguments.json) if arguments.json else _flag_inputs(arguments.input, schema)
+        _check_names(inputs, schema)
+        environment = dict(_name_and_value(pair) for pair in arguments.env)
+        console = Console()
+        with cog_server(environment, on_log=console.show) as url:
+            response = requests.post(f"{url}/predictions", json={"input": inputs}, timeout=None)  # as long as it takes
+        console.end_bar()
+        return _finish(response, arguments)
+    except (UsageError, ServerError) as error:
+        print(f"{type(error).__name__.removesuffix('Error').lower()} error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="script/predict",
+        description="Run one prediction through Cog's server on this machine and save the pictures.",
+        epilog='Example: script/predict -i prompt="a red circle on a white background" -i seed=1',
+    )
+    parser.add_argument(
+        "-i", "--input", action="append", default=[], metavar="NAME=VALUE", help="an input; @FILE sends a file"
+    )
+    parser.add_argument(
+        "--json",
+        metavar="JSON",
+        help="all inputs as one JSON object, or @FILE, or - for standard input; prints the response as JSON",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        default="output",
+        metavar="PATH",
+        help="where to save: PATH.0.webp and so on (default: output)",
+    )
+    parser.add_argument(
+        "-e",
+        "--env",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an environment variable for the predictor",
+    )
+    arguments = parser.parse_args()
+    if arguments.json and arguments.input:
+        parser.error("use --json or -i, not both")
+    return arguments
+
+
+class Console:
+    """The predictor's log on standard error, with its progress bar kept on one line."""
+
+    def __init__(self) -> None:
+        self._in_bar = False
+
+    def show(self, line: str) -> None:
+        """Print one line; a bar overwrites the bar before it on a terminal, and only its end is printed elsewhere."""
+        if not PROGRESS_BAR.search(line):
+            self.end_bar()
+            print(line, file=sys.stderr, flush=True)
+        elif sys.stderr.isatty():
+            width = shutil.get_terminal_size().columns - 1
+            print(f"\r{line[:width]:<{width}}", end="", file=sys.stderr, flush=True)
+            self._in_bar = True
+        elif "100%|" in line:
+            print(line, file=sys.stderr, flush=True)
+
+    def end_bar(self) -> None:
+        if self._in_bar:
+            print(file=sys.stderr)
+            self._in_bar = False
+
+
+def _name_and_value(pair: str) -> tuple[str, str]:
+    name, equals, value = pair.partition("=")
+    if not (name and equals):
+        raise UsageError(f"{pair!r} is not of the form name=value.")
+    return name, value
+
+
+def _flag_inputs(pairs: list[str], schema: Json) -> Json:
+    return {name: _typed(name, value, schema) for name, value in map(_name_and_value, pairs)}
+
+
+def _typed(name: str, value: str, schema: Json) -> Any:
+    """The text of the command line as the type that the schema asks for; the server judges what does not fit."""
+    if value.startswith("@"):
+        return _data_url(Path(value[1:]).expanduser())
+    kind = schema["Input"]["properties"].get(name, {}).get("type")
+    if kind not in ("integer", "number", "boolean"):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
+def _data_url(file: Path) -> str:
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{file} cannot be read: {error.strerror}.") from None
+    kind = mimetypes.guess_type(file.name)[0] or "application/octet-stream"
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _json_inputs(text: str) -> Json:
+    if text in ("-", "@-"):
+        text = sys.stdin.read()
+    elif text.startswith("@"):
+        try:
+            text = Path(text[1:]).expanduser().read_text()
+        except OSError as error:
+            raise UsageError(f"{text[1:]} cannot be read: {error.strerror}.") from None
+    try:
+        inputs = json.loads(text)
+    except ValueError:
+        inputs = None
+    if not isinstance(inputs, dict):
+        raise UsageError("--json needs one JSON object with the inputs.")
+    return {
+        name: _data_url(Path(value[1:]).expanduser()) if isinstance(value, str) and value.startswith("@") else value
+        for name, value in inputs.items()
+    }
+
+
+def _check_names(inputs: Json, schema: Json) -> None:
+    """The server ignores inputs that it does not know; a person who mistyped one wants to be told."""
+    known = schema["Input"]["properties"]
+    unknown = [name for name in inputs if name not in known]
+    if unknown:
+        raise UsageError(f"there is no input {', '.join(unknown)}; there are {', '.join(known)}.")
+
+
+def _finish(response: requests.Response, arguments: argparse.Namespace) -> int:
+    prediction = response.json()
+    succeeded = prediction.get("status") == "succeeded"
+    if succeeded:
+        destination = Path(arguments.output).expanduser()
+        prediction["output"] = [str(path) for path in _save(prediction["output"], destination)]
+    if arguments.json:
+        print(json.dumps(prediction, indent=2))
+    elif not succeeded:
+        print(_reason(prediction), file=sys.stderr)
+    else:
+        for path in prediction["output"]:
+            print(path)
+    return 0 if succeeded else 1
+
+
+def _save(data_urls: list[str], destination: Path) -> list[Path]:
+    """Write output i to PATH.i.EXTENSION, whatever extension PATH has."""
+    stem = destination / "output" if destination.is_dir() else destination.with_suffix("")
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for i, url in enumerate(data_urls):
+        header, _, content = url.partition(",")
+        kind = header.removeprefix("data:").removesuffix(";base64")
+        extension = {"image/jpeg": ".jpg"}.get(kind) or mimetypes.guess_extension(kind) or ""
+        path = stem.with_name(f"{stem.name}.{i}{extension}")
+        path.write_bytes(base64.b64decode(content))
+        paths.append(path)
+    return paths
+
+
+def _reason(prediction: Json) -> str:
+    """The error of a prediction, or of inputs that the schema refused."""
+    if "detail" in prediction:
+        return "; ".join(f"{problem['loc'][-1]}: {problem['msg']}" for problem in prediction["detail"])
+    error = str(prediction.get("error", prediction))
+    # Cog says "Prediction failed: " twice and names the exception's class before the sentence itself
+    return re.sub(r"^(Prediction failed: )*(\w+(Error|Exception): )?", "", error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""Cog's real server on this machine, without Docker: started, waited for, listened to, stopped."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import requests
+
+from tools.cog_schema import ROOT, write_schema
+
+POLL_SECONDS = 0.05
+
+
+class ServerError(RuntimeError):
+    """The server did not come up; the message says why, in the predictor's own words where it had any."""
+
+
+@contextmanager
+def cog_server(
+    environment: Mapping[str, str] | None = None, on_log: Callable[[str], None] = lambda line: None
+) -> Iterator[str]:
+    """Serve `predict.py:Predictor` on a free port of the loopback interface; yields its address when it is ready.
+
+    `environment` is added to this process's own. `on_log` is called, on another thread, with every line that the
+    predictor logs. Raises `ServerError` when `setup()` fails.
+    """
+    write_schema()
+    port = _free_port()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cog.server.http", "--host", "127.0.0.1"],
+        cwd=ROOT,
+        env={**os.environ, **server_environment(port), **(environment or {})},
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    )
+    listener = threading.Thread(target=_listen, args=(process, on_log), daemon=True)
+    listener.start()
+    try:
+        url = f"http://127.0.0.1:{port}"
+        _wait_until_ready(url, process)
+        yield url
+    finally:
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        listener.join(5)
+        if process.stderr:
+            process.stderr.close()
+
+
+def server_environment(port: int) -> dict[str, str]:
+    """What coglet reads. It starts its worker as the `python` of PATH, which has to be this one."""
+    return {
+        "COG_PREDICT_TYPE_STUB": "predict.py:Predictor",
+        "PORT": str(port),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "TRANSFORMERS_VERBOSITY": os.environ.get("TRANSFORMERS_VERBOSITY", "error"),
+    }
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _wait_until_ready(url: str, process: "subprocess.Popen[str]") -> None:
+    while True:
+        if process.poll() is not None:
+            raise ServerError(f"Cog's server stopped with exit code {process.returncode}.")
+        try:
+            health = requests.get(f"{url}/health-check", timeout=5).json()
+        except requests.ConnectionError:
+            health = {"status": "STARTING"}
+        if health["status"] == "READY":
+            return
+        if health["status"] in ("SETUP_FAILED", "DEFUNCT"):
+            # coglet puts its own words before the predictor's: "...: setup failed: SettingsError: The ..."
+            raise ServerError(health["setup"]["logs"].rsplit("setup failed: ", 1)[-1].strip())
+        time.sleep(POLL_SECONDS)
+
+
+def _listen(process: "subprocess.Popen[str]", on_log: Callable[[str], None]) -> None:
+    """coglet logs JSON lines; those with a source, or of its user's target, are the predictor's own words."""
+    for line in process.stderr or ():
+        try:
+            record = json.loads(line)
+            own = record["target"] in ("coglet::user", "coglet::setup") or "source" in record["fields"]
+            text = str(record["fields"]["message"])
+        except (ValueError, KeyError):
+            own, text = True, line.rstrip("\n")
+        if own:
+            on_log(text)
