@@ -17,7 +17,6 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from random_flux import FluxSize, write_random_flux
 from settings import Settings, SettingsError
 
 log = logging.getLogger(__name__)
@@ -111,6 +110,8 @@ def _check_layout(folders: Mapping[str, Path], model: str, variable: str) -> Non
 
 
 def _stand_in(model: str, variable: str) -> Path:
+    from random_flux import FluxSize, write_random_flux  # noqa: PLC0415 - only a start without weights needs it
+
     folder = Path(tempfile.mkdtemp(prefix=STAND_IN_PREFIX))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     log.warning(

@@ -123,10 +123,8 @@ def load_flux(folders: Mapping[str, Path], device: torch.device) -> dict[str, Fl
 def _load_part(part_class: Any, folder: Path, part: str, device: torch.device) -> Any:
     if part.startswith("tokenizer"):
         return part_class.from_pretrained(folder, subfolder=part)
-    # diffusers and transformers name the same argument differently
-    dtype = {"dtype": DTYPE} if part.startswith("text_encoder") else {"torch_dtype": DTYPE}
     return part_class.from_pretrained(
-        folder, subfolder=part, device_map=str(device), use_safetensors=True, **dtype
+        folder, subfolder=part, device_map=str(device), use_safetensors=True, dtype=DTYPE
     ).eval()
 
 

@@ -219,8 +219,8 @@ class Predictor(BaseRunner):
 def _usable_seed(seed: int | None, num_outputs: int) -> int:
     if seed is None:
         return secrets.randbits(32)
-    if not -(2**63) <= seed <= 2**64 - num_outputs:
-        raise ValueError("seed must fit into 64 bits: give a number from 0 to 18446744073709551612.")
+    if not -(2**63) < seed <= 2**63 - num_outputs:  # beyond 64 bits, JSON's numbers lose their last digits
+        raise ValueError(f"seed must be a whole number from {-(2**63) + 1} to {2**63 - num_outputs}.")
     return int(seed)
 
 

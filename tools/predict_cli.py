@@ -32,8 +32,10 @@ def main() -> int:
         _check_names(inputs, schema)
         environment = dict(_name_and_value(pair) for pair in arguments.env)
         console = Console()
-        with cog_server(environment, on_log=console.show) as url:
-            response = requests.post(f"{url}/predictions", json={"input": inputs}, timeout=None)  # as long as it takes
+        with cog_server(environment, on_log=console.show) as server:
+            response = requests.post(
+                f"{server.url}/predictions", json={"input": inputs}, timeout=None
+            )  # as long as it takes
         console.end_bar()
         return _finish(response, arguments)
     except (UsageError, ServerError) as error:

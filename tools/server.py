@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import requests
@@ -22,31 +23,43 @@ class ServerError(RuntimeError):
     """The server did not come up; the message says why, in the predictor's own words where it had any."""
 
 
+@dataclass(frozen=True)
+class CogServer:
+    """A server that is ready for predictions."""
+
+    url: str
+    process: "subprocess.Popen[str]"
+
+
 @contextmanager
 def cog_server(
-    environment: Mapping[str, str] | None = None, on_log: Callable[[str], None] = lambda line: None
-) -> Iterator[str]:
-    """Serve `predict.py:Predictor` on a free port of the loopback interface; yields its address when it is ready.
+    environment: Mapping[str, str] | None = None,
+    on_log: Callable[[str], None] = lambda line: None,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+) -> Iterator[CogServer]:
+    """Serve `predict.py:Predictor`, on a free port if none is named; the body runs when the server is ready.
 
     `environment` is added to this process's own. `on_log` is called, on another thread, with every line that the
-    predictor logs. Raises `ServerError` when `setup()` fails.
+    predictor logs, and with coglet's own warnings. Raises `ServerError` when `setup()` fails.
     """
     write_schema()
-    port = _free_port()
+    port = port or _free_port()
     process = subprocess.Popen(
-        [sys.executable, "-m", "cog.server.http", "--host", "127.0.0.1"],
+        [sys.executable, "-m", "cog.server.http", "--host", host],
         cwd=ROOT,
-        env={**os.environ, **server_environment(port), **(environment or {})},
+        env={**os.environ, **_server_environment(port), **(environment or {})},
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
+        start_new_session=True,  # a Ctrl-C is for us to pass on: a worker that hears it too takes ten seconds to end
     )
     listener = threading.Thread(target=_listen, args=(process, on_log), daemon=True)
     listener.start()
     try:
-        url = f"http://127.0.0.1:{port}"
+        url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
         _wait_until_ready(url, process)
-        yield url
+        yield CogServer(url, process)
     finally:
         process.terminate()
         try:
@@ -59,7 +72,7 @@ def cog_server(
             process.stderr.close()
 
 
-def server_environment(port: int) -> dict[str, str]:
+def _server_environment(port: int) -> dict[str, str]:
     """What coglet reads. It starts its worker as the `python` of PATH, which has to be this one."""
     return {
         "COG_PREDICT_TYPE_STUB": "predict.py:Predictor",
@@ -99,7 +112,7 @@ def _listen(process: "subprocess.Popen[str]", on_log: Callable[[str], None]) -> 
             record = json.loads(line)
             own = record["target"] in ("coglet::user", "coglet::setup") or "source" in record["fields"]
             text = str(record["fields"]["message"])
+            if own or record["level"] in ("WARN", "ERROR"):
+                on_log(text)
         except (ValueError, KeyError):
-            own, text = True, line.rstrip("\n")
-        if own:
-            on_log(text)
+            on_log(line.rstrip("\n"))

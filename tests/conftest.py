@@ -1,0 +1,86 @@
+"""What the tests share: tiny random checkpoints, and Cog's real server running the predictor on them."""
+
+import base64
+import io
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from PIL import Image
+
+from random_flux import FluxSize, write_random_flux
+from tools.server import cog_server
+
+SHARED_PARTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """dev whole, schnell with nothing but its own parts, as a folder of it may be."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    folders = {model: root / model for model in ("dev", "schnell")}
+    for seed, (model, folder) in enumerate(folders.items()):
+        write_random_flux(folder, FluxSize(double_blocks=2, single_blocks=2), model=model, seed=seed)
+    for part in SHARED_PARTS:
+        shutil.rmtree(folders["schnell"] / part)
+    return folders
+
+
+@dataclass
+class Server:
+    """A running predictor; calling it makes a prediction and returns coglet's whole answer."""
+
+    url: str
+
+    def __call__(self, **inputs: Any) -> Any:
+        return self.post({"input": inputs}).json()
+
+    def post(self, body: Any, **options: Any) -> requests.Response:
+        return requests.post(f"{self.url}/predictions", json=body, timeout=120, **options)
+
+    def pictures(self, **inputs: Any) -> list[Image.Image]:
+        """The output of a prediction that has to succeed."""
+        answer = self(**inputs)
+        assert answer["status"] == "succeeded", answer
+        return [decode_picture(url) for url in answer["output"]]
+
+
+@pytest.fixture(scope="session")
+def server(checkpoints: dict[str, Path]) -> Iterator[Server]:
+    environment = {f"FLUX_{model.upper()}": str(folder) for model, folder in checkpoints.items()}
+    with cog_server(environment) as running:
+        yield Server(running.url)
+
+
+SMALL = {"prompt": "a red circle", "aspect_ratio": "custom", "width": 256, "height": 320, "output_format": "png"}
+
+
+@pytest.fixture
+def small() -> dict[str, Any]:
+    """The inputs of a quick prediction whose pixels can be compared."""
+    return {**SMALL, "num_inference_steps": 3, "seed": 5, "disable_safety_checker": True}
+
+
+def decode_picture(data_url: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(data_url.split(",", 1)[1])))
+
+
+def data_url(picture: Image.Image, kind: str = "PNG", **options: Any) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return raw_data_url(buffer.getvalue(), f"image/{kind.lower()}")
+
+
+def raw_data_url(content: bytes, kind: str = "image/png") -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+@pytest.fixture(scope="session")
+def photo() -> Image.Image:
+    """A picture with colour everywhere, 240 x 300, so that nothing about its size fits by chance."""
+    gradients = [Image.linear_gradient("L"), Image.radial_gradient("L"), Image.linear_gradient("L").rotate(90)]
+    return Image.merge("RGB", gradients).resize((240, 300))

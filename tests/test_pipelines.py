@@ -1,0 +1,185 @@
+"""FLUX itself: the same pictures as diffusers, parts loaded once and never copied, prompts encoded once."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import flux_pipelines
+from flux_pipelines import Flux, Job, decode, denoise, encode_picture, encode_prompt, load_flux, steps_to_run
+from random_flux import FluxSize, write_random_flux
+from tests.conftest import SHARED_PARTS
+from tests.oracle import diffusers_picture, load_oracle
+
+CPU = torch.device("cpu")
+PROMPT = "a blue square, and then a long list of other things: " + "more " * 80
+
+
+@pytest.fixture(scope="module")
+def models(checkpoints: dict[str, Path]) -> dict[str, Flux]:
+    return load_flux(checkpoints, CPU)
+
+
+@pytest.fixture(scope="module")
+def oracle(checkpoints: dict[str, Path]) -> dict[str, object]:
+    return load_oracle(checkpoints)
+
+
+def nothing() -> None:
+    pass
+
+
+def ours(flux: Flux, job: Job, seed: int) -> Image.Image:
+    return decode(flux, denoise(flux, job, seed, nothing), job.size)
+
+
+@pytest.mark.parametrize("model", ["dev", "schnell"])
+@pytest.mark.parametrize(
+    ("mode", "size", "steps", "strength"),
+    [
+        ("txt2img", (256, 256), 3, 1.0),
+        ("txt2img", (512, 272), 2, 1.0),
+        ("img2img", (256, 320), 4, 0.6),
+        ("img2img", (336, 256), 3, 1.0),
+        ("img2img", (256, 256), 5, 0.01),
+        ("inpaint", (320, 256), 4, 0.8),
+        ("inpaint", (256, 256), 3, 1.0),
+    ],
+)
+def test_pictures_are_those_of_diffusers(
+    models: dict[str, Flux],
+    oracle: dict[str, object],
+    photo: Image.Image,
+    model: str,
+    mode: str,
+    size: tuple[int, int],
+    steps: int,
+    strength: float,
+) -> None:
+    picture = photo.resize(size) if mode != "txt2img" else None
+    mask = Image.radial_gradient("L").resize(size).point(lambda v: 255 * (v < 128)) if mode == "inpaint" else None
+    flux = models[model]
+    job = Job(
+        size=size,
+        steps=steps,
+        guidance=2.5,
+        embeds=encode_prompt(flux, PROMPT),
+        strength=strength,
+        posterior=encode_picture(flux, picture) if picture else None,
+        mask=mask,
+    )
+    expected = diffusers_picture(
+        oracle[model],
+        model=model,
+        seed=11,
+        prompt=PROMPT,
+        width=size[0],
+        height=size[1],
+        num_inference_steps=steps,
+        guidance_scale=2.5,
+        image=picture,
+        mask=mask,
+        strength=strength,
+    )
+    drawn = np.asarray(ours(flux, job, seed=11))
+    assert np.array_equal(drawn, np.asarray(expected))
+    assert drawn.std() > 10  # a picture, so that equality means something
+    assert not np.array_equal(drawn, np.asarray(ours(flux, job, seed=12)))
+
+
+@given(st.integers(1, 50), st.floats(0, 1))
+def test_the_count_of_steps_is_that_of_diffusers(steps: int, strength: float) -> None:
+    class Scheduler:
+        timesteps, order = list(range(steps)), 1
+
+    class Pipeline:
+        scheduler = Scheduler
+
+    _, expected = flux_pipelines.FluxImg2ImgPipeline.get_timesteps(Pipeline, steps, strength, CPU)
+    assert steps_to_run(steps, strength) == expected
+    assert (steps_to_run(steps, 0), steps_to_run(steps, 1)) == (0, steps)
+
+
+def test_the_two_models_share_what_is_the_same(models: dict[str, Flux]) -> None:
+    for part in SHARED_PARTS:
+        assert len({id(getattr(p, part)) for f in models.values() for p in (f.txt2img, f.img2img, f.inpaint)}) == 1
+    for flux in models.values():
+        assert flux.txt2img.transformer is flux.img2img.transformer is flux.inpaint.transformer
+    assert models["dev"].txt2img.transformer is not models["schnell"].txt2img.transformer
+
+
+def test_a_part_that_differs_is_not_shared(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """A schnell folder with parts of its own: the same VAE, another T5, a config that differs in a comment only."""
+    schnell, other = tmp_path / "schnell", tmp_path / "other"
+    shutil.copytree(checkpoints["schnell"], schnell)
+    write_random_flux(other, FluxSize(), model="dev", seed=9)
+    shutil.copytree(checkpoints["dev"] / "vae", schnell / "vae")
+    shutil.copytree(other / "text_encoder_2", schnell / "text_encoder_2")
+    config = json.loads((schnell / "vae" / "config.json").read_text())
+    (schnell / "vae" / "config.json").write_text(json.dumps(config | {"_name_or_path": "elsewhere"}))
+    loaded = load_flux({"dev": checkpoints["dev"], "schnell": schnell}, CPU)
+    dev_parts, schnell_parts = loaded["dev"].txt2img, loaded["schnell"].txt2img
+    assert schnell_parts.vae is dev_parts.vae
+    assert schnell_parts.text_encoder_2 is not dev_parts.text_encoder_2
+
+
+def test_weights_are_memory_mapped_in_bf16(models: dict[str, Flux], checkpoints: dict[str, Path]) -> None:
+    """No copy of the file in memory: every weight lies in a mapping of the file itself."""
+    mappings = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if str(checkpoints["dev"]) in line:
+            start, end = (int(bound, 16) for bound in line.split()[0].split("-"))
+            mappings.append((start, end))
+    pipeline = models["dev"].txt2img
+    for part in (pipeline.transformer, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
+        for name, weight in part.named_parameters():
+            assert weight.dtype == torch.bfloat16
+            assert any(start <= weight.data_ptr() < end for start, end in mappings), name
+
+
+def test_float32_checkpoints_are_loaded_as_bf16(tmp_path: Path) -> None:
+    write_random_flux(tmp_path, FluxSize(), model="dev", dtype=torch.float32)
+    pipeline = load_flux({"dev": tmp_path}, CPU)["dev"].txt2img
+    assert {weight.dtype for weight in pipeline.transformer.parameters()} == {torch.bfloat16}
+    assert {weight.dtype for weight in pipeline.text_encoder_2.parameters()} == {torch.bfloat16}
+
+
+def test_the_same_prompt_again_costs_no_encoding(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    models = load_flux(checkpoints, CPU)
+    calls: list[str] = []
+    models["dev"].txt2img.text_encoder_2.register_forward_hook(lambda *_: calls.append("t5"))
+    models["dev"].txt2img.text_encoder.register_forward_hook(lambda *_: calls.append("clip"))
+    first = encode_prompt(models["dev"], "a cat")
+    assert encode_prompt(models["dev"], "a cat") is first
+    assert calls == ["t5", "clip"]
+    assert first.t5.shape[1] == 512
+    assert encode_prompt(models["schnell"], "a cat").t5.shape[1] == 256
+    assert calls == ["t5", "clip"] * 2
+
+
+def test_the_embedding_cache_is_bounded_in_bytes(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    one = encode_prompt(load_flux(checkpoints, CPU)["dev"], "size of one").nbytes
+    monkeypatch.setattr(flux_pipelines, "EMBEDDING_CACHE_BYTES", 2 * one)
+    flux = load_flux(checkpoints, CPU)["dev"]
+    for prompt in ("a", "b", "a", "c"):
+        encode_prompt(flux, prompt)
+    assert set(flux.embeddings) == {"a", "c"}  # b is the one unused for longest
+    monkeypatch.setattr(flux_pipelines, "EMBEDDING_CACHE_BYTES", one - 1)
+    tiny = load_flux(checkpoints, CPU)["dev"]
+    assert encode_prompt(tiny, "too large to keep").nbytes == one
+    assert not tiny.embeddings
+
+
+def test_a_prompt_too_long_is_said_in_the_log(models: dict[str, Flux], caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        encode_prompt(models["schnell"], "x" * 100)
+        assert not caplog.messages
+        encode_prompt(models["schnell"], "x" * 400)
+    assert caplog.messages == ["the prompt has 402 tokens, of which schnell reads the first 256"]

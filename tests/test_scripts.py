@@ -1,0 +1,120 @@
+"""The commands of the README, run as a newcomer runs them."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import requests
+from PIL import Image
+
+from tools.cog_schema import ROOT
+
+QUICK = ["-i", "megapixels=0.25", "-i", "num_inference_steps=1"]
+
+
+@pytest.fixture
+def environment(checkpoints: dict[str, Path]) -> dict[str, str]:
+    return {**os.environ, **{f"FLUX_{model.upper()}": str(folder) for model, folder in checkpoints.items()}}
+
+
+def script(
+    name: str, *arguments: str | Path, environment: dict[str, str], folder: Path, stdin: str = ""
+) -> "subprocess.CompletedProcess[str]":
+    command: Sequence[str | Path] = [ROOT / "script" / name, *arguments]
+    return subprocess.run(
+        command, cwd=folder, env=environment, input=stdin, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_predict_saves_the_pictures_beside_the_caller(
+    environment: dict[str, str], tmp_path: Path, photo: Image.Image
+) -> None:
+    photo.save(tmp_path / "photo.png")
+    done = script(
+        "predict", "-i", "prompt=a cat", "-i", "image=@photo.png", "-i", "prompt_strength=0", "-i", "num_outputs=2",
+        "-i", "output_format=png", "-i", "disable_safety_checker=true", "-o", "cat.png",
+        environment=environment, folder=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["cat.0.png", "cat.1.png"]
+    for name in done.stdout.split():
+        expected = photo.resize((240, 304), Image.Resampling.LANCZOS)
+        assert np.array_equal(np.asarray(Image.open(tmp_path / name)), np.asarray(expected))
+
+
+def test_predict_takes_and_gives_json(environment: dict[str, str], tmp_path: Path) -> None:
+    inputs = {"prompt": "a cat", "megapixels": "0.25", "num_inference_steps": 1, "seed": 3}
+    done = script("predict", "--json", "-", environment=environment, folder=tmp_path, stdin=json.dumps(inputs))
+    assert done.returncode == 0, done.stderr
+    prediction = json.loads(done.stdout)
+    assert prediction["metrics"]["seed"] == 3
+    assert prediction["output"] == ["output.0.webp"]
+    with Image.open(tmp_path / "output.0.webp") as picture:
+        assert picture.size == (512, 512)
+    assert "denoising: 100%" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["-i", "prompt"], "usage error: 'prompt' is not of the form name=value.\n"),
+        (["-i", "promt=x"], "usage error: there is no input promt; there are prompt, image, mask,"),
+        (["-i", "image=@nowhere.png"], "usage error: nowhere.png cannot be read: No such file or directory.\n"),
+        (["--json", "[1]"], "usage error: --json needs one JSON object with the inputs.\n"),
+        (["-i", "prompt=x", "-i", "seed=x"], 'seed: "x" is not of type "integer"\n'),
+        (["-i", "prompt=x", "-i", "image=/etc/passwd"], "image must be an http(s) address or a data: URI;"),
+        (["-i", "prompt=x", "-e", "FLUX_DEVICE=tpu"], "server error: SettingsError: The environment variable FLUX_DEV"),
+    ],
+)
+def test_predict_fails_with_one_sentence(
+    environment: dict[str, str], tmp_path: Path, arguments: list[str], sentence: str
+) -> None:
+    done = script("predict", *arguments, environment=environment, folder=tmp_path)
+    assert done.returncode == 1
+    assert sentence in done.stderr
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["bench", "lint", "predict", "schema", "serve", "test"])
+def test_every_script_has_help(name: str, tmp_path: Path) -> None:
+    for option in ("-h", "--help"):
+        done = script(name, option, environment=dict(os.environ), folder=tmp_path)
+        assert done.returncode == 0
+        assert len(done.stdout) > 40
+
+
+def test_serve_serves_until_ctrl_c(environment: dict[str, str], tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [str(ROOT / "script" / "serve"), "--port", str(port)]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as serve:
+        url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 40
+        while time.monotonic() < deadline and _status(url) != "READY":
+            time.sleep(0.2)
+        assert requests.post(f"{url}/predictions", json={"input": {}}, timeout=10).status_code == 422
+        assert "Input" in requests.get(f"{url}/openapi.json", timeout=10).json()["components"]["schemas"]
+        os.killpg(serve.pid, signal.SIGINT)  # a terminal's Ctrl-C goes to the whole group
+        _, log = serve.communicate(timeout=5)
+    assert serve.returncode == 0
+    assert f"Serving at {url}/predictions; Ctrl-C stops." in log
+    assert "Traceback" not in log
+    assert _status(url) is None
+
+
+def _status(url: str) -> str | None:
+    try:
+        status: str = requests.get(f"{url}/health-check", timeout=5).json()["status"]
+    except requests.ConnectionError:
+        return None
+    return status

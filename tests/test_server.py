@@ -1,0 +1,354 @@
+"""What a user does, over HTTP, through Cog's real server: predict.py on tiny random checkpoints."""
+
+import functools
+import json
+import os
+import re
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import requests
+from PIL import Image
+
+from images import MOST_INPUT_PIXELS
+from tests.conftest import Server, data_url, decode_picture, raw_data_url
+from tests.oracle import diffusers_picture, load_oracle
+from tools.server import ServerError, cog_server
+
+METRICS = {
+    "seed": int,
+    "mode": str,
+    "precision": str,
+    "width": int,
+    "height": int,
+    "lora_fetch_time": float,
+    "lora_apply_time": float,
+    "lora_cache": str,
+    "encode_time": float,
+    "denoise_time": float,
+    "decode_time": float,
+    "safety_time": float,
+    "save_time": float,
+    "images_blocked": int,
+    "predict_time": float,
+}
+
+
+@pytest.fixture(scope="module")
+def oracle(checkpoints: dict[str, Path]) -> dict[str, Any]:
+    return load_oracle(checkpoints)
+
+
+def same(a: Image.Image, b: Image.Image) -> bool:
+    return np.array_equal(np.asarray(a.convert("RGB")), np.asarray(b.convert("RGB")))
+
+
+def failure(answer: dict[str, Any]) -> str:
+    """The sentence of a failed prediction, without what coglet puts before it."""
+    assert answer["status"] == "failed", answer
+    assert "Traceback" not in json.dumps(answer)
+    sentence = re.sub(r"^(Prediction failed: )+\w+Error: ", "", answer["error"])
+    assert sentence.endswith(".")
+    assert "\n" not in sentence
+    return sentence
+
+
+@pytest.mark.parametrize("model", ["dev", "schnell"])
+def test_text_to_image_is_the_picture_of_diffusers(
+    server: Server, oracle: dict[str, Any], small: dict[str, Any], model: str
+) -> None:
+    expected = diffusers_picture(
+        oracle[model],
+        model=model,
+        seed=5,
+        prompt=small["prompt"],
+        width=256,
+        height=320,
+        num_inference_steps=3,
+        guidance_scale=3.0,
+    )
+    assert same(server.pictures(**small, model=model)[0], expected)
+
+
+def test_image_to_image_is_the_picture_of_diffusers(
+    server: Server, oracle: dict[str, Any], small: dict[str, Any], photo: Image.Image
+) -> None:
+    """240 x 300 becomes 240 x 304, the nearest multiples of 16; the custom size is ignored."""
+    drawn = server.pictures(**small, image=data_url(photo), prompt_strength=0.7)[0]
+    expected = diffusers_picture(
+        oracle["dev"],
+        model="dev",
+        seed=5,
+        prompt=small["prompt"],
+        image=photo,
+        strength=0.7,
+        width=240,
+        height=304,
+        num_inference_steps=3,
+        guidance_scale=3.0,
+    )
+    assert same(drawn, expected)
+
+
+def test_inpainting_is_the_picture_of_diffusers_with_the_kept_pixels_exact(
+    server: Server, oracle: dict[str, Any], small: dict[str, Any], photo: Image.Image
+) -> None:
+    """The mask comes in another size than the picture."""
+    mask = Image.new("L", (100, 50), 0)
+    mask.paste(200, (50, 0, 100, 50))
+    drawn = server.pictures(**small, image=data_url(photo), mask=data_url(mask), prompt_strength=0.9)[0]
+    expected = diffusers_picture(
+        oracle["dev"],
+        model="dev",
+        seed=5,
+        prompt=small["prompt"],
+        image=photo,
+        mask=mask,
+        strength=0.9,
+        width=240,
+        height=304,
+        num_inference_steps=3,
+        guidance_scale=3.0,
+    )
+    original = photo.resize((240, 304), Image.Resampling.LANCZOS)
+    assert same(drawn.crop((0, 0, 118, 304)), original.crop((0, 0, 118, 304)))
+    assert same(drawn.crop((122, 0, 240, 304)), expected.crop((122, 0, 240, 304)))
+    assert not same(drawn.crop((122, 0, 240, 304)), original.crop((122, 0, 240, 304)))
+
+
+def test_strength_0_returns_the_input_without_a_step(server: Server, small: dict[str, Any], photo: Image.Image) -> None:
+    answer = server(**small, image=data_url(photo), prompt_strength=0, num_outputs=2)
+    for url in answer["output"]:
+        assert same(decode_picture(url), photo.resize((240, 304), Image.Resampling.LANCZOS))
+    assert answer["metrics"]["denoise_time"] == 0
+    assert "denoising" not in answer["logs"]
+
+
+def test_picture_i_is_that_of_seed_plus_i(server: Server, small: dict[str, Any]) -> None:
+    three = server.pictures(**small, num_outputs=3)
+    alone = [server.pictures(**{**small, "seed": 5 + i})[0] for i in range(3)]
+    assert all(same(a, b) for a, b in zip(three, alone, strict=True))
+    assert not same(three[0], three[1])
+
+
+def test_the_same_request_gives_the_same_bytes_whatever_ran_before(
+    server: Server, small: dict[str, Any], photo: Image.Image
+) -> None:
+    request = {**small, "output_format": "webp"}
+    first = server(**request)["output"]
+    server(**small, model="schnell", image=data_url(photo))
+    server(**small, prompt_strength=0.5, image=data_url(photo), mask=data_url(photo))
+    server(**{**small, "image": "/etc/passwd"})
+    assert server(**request)["output"] == first
+    assert server(**{**request, "go_fast": True})["output"] == first
+
+
+def test_a_seed_that_was_chosen_is_told_and_repeats_the_picture(server: Server, small: dict[str, Any]) -> None:
+    answer = server(**{name: value for name, value in small.items() if name != "seed"})
+    seed = answer["metrics"]["seed"]
+    assert 0 <= seed < 2**32
+    assert f"seed {seed}" in answer["logs"]
+    assert same(server.pictures(**{**small, "seed": seed})[0], decode_picture(answer["output"][0]))
+
+
+@pytest.mark.parametrize("seed", [0, -1, 2**32, 2**63 - 1, -(2**63) + 1])
+def test_seeds_of_any_sign_and_size(server: Server, small: dict[str, Any], seed: int) -> None:
+    answer = server(**{**small, "seed": seed})
+    assert answer["status"] == "succeeded"
+    assert answer["metrics"]["seed"] == seed
+
+
+@pytest.mark.parametrize(
+    ("aspect_ratio", "megapixels", "size"), [("1:1", "0.25", (512, 512)), ("9:21", "0.25", (320, 768))]
+)
+def test_named_sizes(server: Server, aspect_ratio: str, megapixels: str, size: tuple[int, int]) -> None:
+    pictures = server.pictures(prompt="x", aspect_ratio=aspect_ratio, megapixels=megapixels, num_inference_steps=1)
+    assert pictures[0].size == size
+
+
+def test_custom_sizes_are_rounded(server: Server) -> None:
+    pictures = server.pictures(prompt="x", aspect_ratio="custom", width=263, height=265, num_inference_steps=1)
+    assert pictures[0].size == (256, 272)
+
+
+@pytest.mark.parametrize(("output_format", "kind"), [("webp", "WEBP"), ("jpg", "JPEG"), ("png", "PNG")])
+def test_output_formats(server: Server, small: dict[str, Any], output_format: str, kind: str) -> None:
+    answer = server(**{**small, "output_format": output_format, "output_quality": 30})
+    assert decode_picture(answer["output"][0]).format == kind
+    assert answer["output"][0].startswith(f"data:image/{kind.lower()};base64,")
+
+
+def test_guidance_matters_to_dev_alone(server: Server, small: dict[str, Any]) -> None:
+    for model, matters in (("dev", True), ("schnell", False)):
+        low, high = (server.pictures(**small, model=model, guidance_scale=scale)[0] for scale in (0, 10))
+        assert same(low, high) != matters
+
+
+def test_metrics_and_a_log_line_per_phase(server: Server, small: dict[str, Any], photo: Image.Image) -> None:
+    answer = server(**{**small, "prompt": "never seen before"}, num_outputs=2, image=data_url(photo))
+    metrics = answer["metrics"]
+    assert {name: type(value) for name, value in metrics.items()} == METRICS
+    assert (metrics["mode"], metrics["precision"], metrics["seed"]) == ("img2img", "bf16", 5)
+    assert (metrics["width"], metrics["height"]) == (240, 304)
+    parts = sum(metrics[f"{name}_time"] for name in ("encode", "denoise", "decode", "save"))
+    assert 0 < parts <= metrics["predict_time"]
+    for phase in ("read", "encode", "denoise", "decode", "save"):
+        assert len(re.findall(rf"^{phase}: \d+\.\d\d s$", answer["logs"], re.MULTILINE)) == 1
+    assert re.search(r"denoising: 100%\|.*\| 6/6 ", answer["logs"])  # 2 pictures of 3 steps
+
+
+def test_what_is_done_otherwise_than_asked_is_said(server: Server, small: dict[str, Any]) -> None:
+    logs = server(**{**small, "go_fast": True, "disable_safety_checker": False})["logs"]
+    assert "go_fast: this version has no fp8 yet and runs bf16" in logs
+    assert "the pictures are not screened" in logs
+    ignored = {**small, "aspect_ratio": "1:1", "megapixels": "0.25", "num_inference_steps": 1}
+    assert "width and height are ignored" in server(**ignored)["logs"]
+    assert "width and height are ignored" not in server(**small)["logs"]
+
+
+def bad_inputs() -> dict[str, tuple[dict[str, Any], str]]:
+    bomb = Image.new("1", (9500, 9500))
+    assert bomb.width * bomb.height > MOST_INPUT_PIXELS
+    dot = data_url(Image.new("RGB", (32, 32)))
+    return {
+        "path": ({"image": "/etc/passwd"}, "image must be an http(s) address or a data: URI"),
+        "file URL": ({"image": "file:///etc/passwd"}, "image must be an http(s) address or a data: URI"),
+        "mask path": ({"image": dot, "mask": "/etc/hostname"}, "mask must be an http(s) address or a data: URI"),
+        "empty string": ({"image": ""}, "image must be an http(s) address or a data: URI"),
+        "text": ({"image": raw_data_url(b"hello", "text/plain")}, "image is not a picture that can be read"),
+        "svg": ({"image": raw_data_url(b"<svg/>", "image/svg+xml")}, "image is not a picture that can be read"),
+        "bomb": ({"image": data_url(bomb)}, "image has too many pixels"),
+        "bad mask": ({"image": dot, "mask": raw_data_url(b"")}, "mask is not a picture that can be read"),
+        "mask alone": ({"mask": dot}, "mask needs image"),
+        "custom": ({"aspect_ratio": "custom", "width": 512}, 'aspect_ratio "custom" needs both width and height'),
+        "huge seed": ({"seed": 2**63}, "seed must be a whole number from -9223372036854775807 to 9223372036854775807"),
+        "seed + i": ({"seed": 2**63 - 3, "num_outputs": 4}, "seed must be a whole number from"),
+        "negative seed": ({"seed": -(2**63)}, "seed must be a whole number from"),
+        "more negative seed": ({"seed": -(2**63) - 1}, "seed must be a whole number from"),
+        "astronomic seed": ({"seed": 10**40}, "seed must be a whole number from"),
+        "lora": ({"replicate_weights": "fofr/flux-pixar-cars"}, "cannot load LoRAs yet"),
+        "extra lora": ({"extra_lora": "fofr/flux-pixar-cars"}, "cannot load LoRAs yet"),
+    }
+
+
+@pytest.mark.parametrize(("inputs", "sentence"), bad_inputs().values(), ids=bad_inputs().keys())
+def test_bad_input_is_one_sentence_and_the_next_request_is_served(
+    server: Server, inputs: dict[str, Any], sentence: str
+) -> None:
+    assert sentence in failure(server(prompt="x", **inputs))
+    assert server(prompt="x", megapixels="0.25", num_inference_steps=1)["status"] == "succeeded"
+
+
+@pytest.mark.parametrize(
+    "prompt", ["", " ", "日本語 🎈", "a" * 20_000, "\x00\x01", "</s><pad><|endoftext|>", "e\u0301\u200f\ufeff"]
+)
+def test_every_prompt_is_drawn(server: Server, small: dict[str, Any], prompt: str) -> None:
+    assert server(**{**small, "prompt": prompt, "num_inference_steps": 1})["status"] == "succeeded"
+
+
+def test_numbers_written_as_floats_are_integers(server: Server, small: dict[str, Any]) -> None:
+    """JSON has one kind of number, and a schema's "integer" takes 3.0."""
+    floats = {k: float(v) if isinstance(v, int) and not isinstance(v, bool) else v for k, v in small.items()}
+    answer = server(**floats, num_outputs=1.0, output_quality=80.0)
+    assert answer["status"] == "succeeded", answer
+    assert same(decode_picture(answer["output"][0]), server.pictures(**small)[0])
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{", b"[]", b"null", b'{"input": 5}', b'{"input": []}', b'{"input": null}', b'{"input": {"prompt": null}}'],
+)
+def test_bodies_that_are_no_request_are_refused(server: Server, body: bytes) -> None:
+    answer = requests.post(
+        f"{server.url}/predictions", data=body, headers={"Content-Type": "application/json"}, timeout=10
+    )
+    assert 400 <= answer.status_code < 500
+    assert "Traceback" not in answer.text
+
+
+def test_a_cancelled_prediction_stops_within_a_step_and_leaves_no_trace(server: Server, small: dict[str, Any]) -> None:
+    before = server.pictures(**small)[0]
+    slow = {
+        "prompt": "x",
+        "aspect_ratio": "custom",
+        "width": 1440,
+        "height": 1440,
+        "num_inference_steps": 50,
+        "seed": 1,
+    }
+    for wait in (0.3, 1.0):
+        with ThreadPoolExecutor() as pool:
+            answer = pool.submit(requests.put, f"{server.url}/predictions/slow", json={"input": slow}, timeout=120)
+            time.sleep(wait)
+            started = time.perf_counter()
+            requests.post(f"{server.url}/predictions/slow/cancel", timeout=10)
+            assert answer.result().json()["status"] == "canceled"
+        assert time.perf_counter() - started < 2  # a step takes about 0.2 s here
+        assert same(server.pictures(**small)[0], before)
+
+
+def test_a_second_request_is_told_to_wait(server: Server, small: dict[str, Any]) -> None:
+    slow = {**small, "num_inference_steps": 50, "num_outputs": 4}
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(server, **slow)
+        time.sleep(0.3)
+        assert server.post({"input": small}).status_code == 409
+        assert first.result()["status"] == "succeeded"
+
+
+def test_inputs_by_address_are_fetched(
+    server: Server, small: dict[str, Any], photo: Image.Image, tmp_path: Path
+) -> None:
+    photo.save(tmp_path / "photo.png")
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as files:
+        threading.Thread(target=files.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{files.server_address[1]}/photo.png"
+        by_address = server.pictures(**small, image=address)[0]
+        files.shutdown()
+    assert same(by_address, server.pictures(**small, image=data_url(photo))[0])
+
+
+def test_outputs_do_not_pile_up(server: Server, small: dict[str, Any]) -> None:
+    def folders() -> set[Path]:
+        return set(Path(tempfile.gettempdir()).glob("flux-lora-*"))
+
+    before = folders()
+    for _ in range(5):
+        server(**{**small, "num_inference_steps": 1})
+    assert len(folders() - before) == 2
+
+
+@pytest.mark.parametrize(
+    ("environment", "sentence"),
+    [
+        ({"FLUX_DEV": "/nowhere"}, "The environment variable FLUX_DEV is '/nowhere', which is neither a folder"),
+        ({"FLUX_DEVICE": "tpu"}, "The environment variable FLUX_DEVICE must be cpu, cuda or cuda:<number>"),
+        ({"COG_WEIGHTS": "https://example.com/lora.tar"}, "COG_WEIGHTS is set, but this version cannot load LoRAs"),
+    ],
+)
+def test_a_wrong_environment_fails_the_setup_in_one_sentence(environment: dict[str, str], sentence: str) -> None:
+    log: list[str] = []
+    with pytest.raises(ServerError) as caught, cog_server(environment, on_log=log.append):
+        pass
+    assert sentence in str(caught.value)
+    assert "Traceback" not in "".join(log)
+
+
+def test_without_weights_the_stand_in_draws_and_says_what_it_is(tmp_path: Path) -> None:
+    for name in ("FLUX_DEV", "FLUX_SCHNELL"):
+        assert name not in os.environ
+    log: list[str] = []
+    with cog_server(on_log=log.append) as server:
+        body = {"input": {"prompt": "x", "megapixels": "0.25", "num_inference_steps": 1}}
+        answer = requests.post(f"{server.url}/predictions", json=body, timeout=60).json()
+    assert answer["status"] == "succeeded"
+    assert "a stand-in for the real ones" in answer["logs"]
+    assert any("DEV IS A STAND-IN WITH RANDOM WEIGHTS" in line for line in log)
