@@ -32,5 +32,5 @@ class Phases:
         """Log a line for every phase that ended since the last report."""
         for name, seconds in self.seconds.items():
             if name not in self._reported:
-                log.info("%s: %.2f s", name, seconds)
+                log.info("%s: %.3f s", name, seconds)
                 self._reported.add(name)

@@ -41,6 +41,7 @@ class Predictor(BaseRunner):
             folders = find_checkpoints(self.settings)
         with phases.time("load models"):
             self.models = load_flux(folders, self.device)
+        phases.report()
         self.stand_ins = {name for name, folder in folders.items() if is_stand_in(folder)}
         self.output_folders: deque[tempfile.TemporaryDirectory[str]] = deque()
 

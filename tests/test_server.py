@@ -200,7 +200,7 @@ def test_metrics_and_a_log_line_per_phase(server: Server, small: dict[str, Any],
     parts = sum(metrics[f"{name}_time"] for name in ("encode", "denoise", "decode", "save"))
     assert 0 < parts <= metrics["predict_time"]
     for phase in ("read", "encode", "denoise", "decode", "save"):
-        assert len(re.findall(rf"^{phase}: \d+\.\d\d s$", answer["logs"], re.MULTILINE)) == 1
+        assert len(re.findall(rf"^{phase}: \d+\.\d\d\d s$", answer["logs"], re.MULTILINE)) == 1
     assert re.search(r"denoising: 100%\|.*\| 6/6 ", answer["logs"])  # 2 pictures of 3 steps
 
 
