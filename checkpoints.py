@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 
 from settings import Settings, SettingsError
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("flux-lora")
 
 MODELS = ("dev", "schnell")
 WEIGHTS = Path(__file__).parent / "weights"

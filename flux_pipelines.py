@@ -30,7 +30,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 
 from images import Size
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("flux-lora")
 
 DTYPE = torch.bfloat16
 MAX_SEQUENCE_LENGTH = {"dev": 512, "schnell": 256}  # T5 tokens

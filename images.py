@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("flux-lora")
 
 Size = tuple[int, int]  # width, height in pixels
 

@@ -9,7 +9,7 @@ import torch
 
 from device import synchronize
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("flux-lora")
 
 
 class Phases:

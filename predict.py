@@ -19,8 +19,8 @@ from phases import Phases
 from settings import read_settings
 
 log = logging.getLogger("flux-lora")
-logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for every file asked of Hugging Face
+log.setLevel(logging.INFO)
+logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)  # for the libraries
 
 METRIC_PHASES = ("lora_fetch", "lora_apply", "encode", "denoise", "decode", "safety", "save")
 KEPT_OUTPUT_FOLDERS = 2  # the last request's and this one's
