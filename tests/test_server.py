@@ -243,7 +243,7 @@ def test_bad_input_is_one_sentence_and_the_next_request_is_served(
     server: Server, inputs: dict[str, Any], sentence: str
 ) -> None:
     assert sentence in failure(server(prompt="x", **inputs))
-    assert server(prompt="x", megapixels="0.25", num_inference_steps=1)["status"] == "succeeded"
+    assert server.pictures(prompt="x", megapixels="0.25", num_inference_steps=1)
 
 
 @pytest.mark.parametrize(
