@@ -1,8 +1,12 @@
 """The device that the model runs on: all that differs between a CPU and a CUDA GPU."""
 
+import logging
+
 import torch
 
 from settings import SettingsError
+
+log = logging.getLogger("flux-lora")
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -18,6 +22,14 @@ def choose_device(name: str | None) -> torch.device:
             f"The environment variable FLUX_DEVICE asks for {name}, but torch sees {torch.cuda.device_count()} GPUs."
         )
     return device
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16, or float32 on a CPU without bfloat16 instructions, where its products are hundreds of times slower."""
+    if device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.bfloat16
+    log.warning("this CPU has no bfloat16 instructions: the models run in float32")
+    return torch.float32
 
 
 def synchronize(device: torch.device) -> None:

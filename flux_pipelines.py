@@ -2,7 +2,7 @@
 
 The data's way is the file's order: load, encode the prompt, encode the input picture, denoise, decode. The denoising
 itself is diffusers' own; the pictures are bit for bit those of its pipelines (`FluxPipeline`, `FluxImg2ImgPipeline`,
-`FluxInpaintPipeline`) on the same checkpoint in bf16 with a CPU generator of the same seed.
+`FluxInpaintPipeline`) on the same checkpoint in the same dtype with a CPU generator of the same seed.
 """
 
 import json
@@ -32,7 +32,7 @@ from images import Size
 
 log = logging.getLogger("flux-lora")
 
-DTYPE = torch.bfloat16
+PRECISIONS = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 MAX_SEQUENCE_LENGTH = {"dev": 512, "schnell": 256}  # T5 tokens
 EMBEDDING_CACHE_BYTES = 64 * 2**20  # a dev prompt takes 4 MiB at FLUX.1's width
 WEIGHT_SAMPLES = 64  # places at which two copies of a part are compared
@@ -72,6 +72,16 @@ class Flux:
     inpaint: FluxInpaintPipeline
     embeddings: LRUCache[str, PromptEmbeds] = field(default_factory=_embedding_cache)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.txt2img.transformer.dtype
+        return dtype
+
+    @property
+    def precision(self) -> str:
+        """As the metrics and the log call it."""
+        return PRECISIONS[self.dtype]
+
 
 @dataclass(frozen=True)
 class Job:
@@ -90,11 +100,11 @@ class Job:
         return self.steps if self.posterior is None else steps_to_run(self.steps, self.strength)
 
 
-def load_flux(folders: Mapping[str, Path], device: torch.device) -> dict[str, Flux]:
-    """Load every model of `folders` (name -> folder in diffusers layout) in bf16 onto `device`.
+def load_flux(folders: Mapping[str, Path], device: torch.device, dtype: torch.dtype) -> dict[str, Flux]:
+    """Load every model of `folders` (name -> folder in diffusers layout) in `dtype` onto `device`.
 
-    Weights go from the memory-mapped file to their device, tensor by tensor; on the CPU a bf16 file is never copied at
-    all. A part that a folder lacks, or that is the same as the first model's, is loaded once for both.
+    Weights go from the memory-mapped file to their device, tensor by tensor; on the CPU a file of that dtype is never
+    copied at all. A part that a folder lacks, or that is the same as the first model's, is loaded once for both.
     """
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
@@ -107,10 +117,10 @@ def load_flux(folders: Mapping[str, Path], device: torch.device) -> dict[str, Fl
             if part in first_parts and _same_part(folder / part, first_folder / part):
                 parts[part] = first_parts[part]
             else:
-                parts[part] = _load_part(part_class, folder, part, device)
+                parts[part] = _load_part(part_class, folder, part, device, dtype)
         first_parts = first_parts or parts
         own = {
-            "transformer": _load_part(FluxTransformer2DModel, folder, "transformer", device),
+            "transformer": _load_part(FluxTransformer2DModel, folder, "transformer", device, dtype),
             "scheduler": FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler"),
         }
         pipelines = [kind(**parts, **own) for kind in (FluxPipeline, FluxImg2ImgPipeline, FluxInpaintPipeline)]
@@ -120,11 +130,11 @@ def load_flux(folders: Mapping[str, Path], device: torch.device) -> dict[str, Fl
     return models
 
 
-def _load_part(part_class: Any, folder: Path, part: str, device: torch.device) -> Any:
+def _load_part(part_class: Any, folder: Path, part: str, device: torch.device, dtype: torch.dtype) -> Any:
     if part.startswith("tokenizer"):
         return part_class.from_pretrained(folder, subfolder=part)
     return part_class.from_pretrained(
-        folder, subfolder=part, device_map=str(device), use_safetensors=True, dtype=DTYPE
+        folder, subfolder=part, device_map=str(device), use_safetensors=True, dtype=dtype
     ).eval()
 
 
@@ -198,7 +208,7 @@ def _token_ids(tokenizer: Any, prompt: str, length: int) -> torch.Tensor:
 def encode_picture(flux: Flux, picture: Image.Image) -> DiagonalGaussianDistribution:
     """The VAE's posterior of an RGB picture whose sides are multiples of 16; each seed draws its own sample of it."""
     pixels = flux.img2img.image_processor.preprocess(picture)  # [1, 3, height, width] in -1..1
-    return flux.img2img.vae.encode(pixels.to(flux.img2img.device, DTYPE)).latent_dist
+    return flux.img2img.vae.encode(pixels.to(flux.img2img.device, flux.dtype)).latent_dist
 
 
 def steps_to_run(steps: int, strength: float) -> int:

@@ -12,7 +12,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from checkpoints import find_checkpoints, is_stand_in
-from device import choose_device
+from device import choose_device, compute_dtype
 from flux_pipelines import Flux, Job, decode, denoise, encode_picture, encode_prompt, load_flux, steps_to_run
 from images import Inputs, keep_unmasked, read_inputs, save_pictures
 from phases import Phases
@@ -40,7 +40,7 @@ class Predictor(BaseRunner):
         with phases.time("find weights"):
             folders = find_checkpoints(self.settings)
         with phases.time("load models"):
-            self.models = load_flux(folders, self.device)
+            self.models = load_flux(folders, self.device, compute_dtype(self.device))
         phases.report()
         self.stand_ins = {name for name, folder in folders.items() if is_stand_in(folder)}
         self.output_folders: deque[tempfile.TemporaryDirectory[str]] = deque()
@@ -182,7 +182,7 @@ class Predictor(BaseRunner):
         with phases.time("save"):
             paths = save_pictures(pictures, self._fresh_output_folder(), output_format, quality)
         phases.report()
-        self._record_metrics(seed, inputs, phases)
+        self._record_metrics(seed, inputs, flux, phases)
         return [Path(path) for path in paths]
 
     def _say_what_differs(self, model: str, go_fast: bool, disable_safety_checker: bool) -> None:
@@ -190,7 +190,7 @@ class Predictor(BaseRunner):
         if model in self.stand_ins:
             log.warning("%s has random weights, a stand-in for the real ones: it draws noise", model)
         if go_fast:
-            log.warning("go_fast: this version has no fp8 yet and runs bf16")
+            log.warning("go_fast: this version has no fp8 yet and runs %s", self.models[model].precision)
         if not disable_safety_checker:
             log.warning("this version has no safety checker yet: the pictures are not screened")
 
@@ -201,12 +201,12 @@ class Predictor(BaseRunner):
             self.output_folders.popleft().cleanup()
         return pathlib.Path(self.output_folders[-1].name)
 
-    def _record_metrics(self, seed: int, inputs: Inputs, phases: Phases) -> None:
+    def _record_metrics(self, seed: int, inputs: Inputs, flux: Flux, phases: Phases) -> None:
         width, height = inputs.size
         metrics: dict[str, int | float | str] = {
             "seed": seed,
             "mode": inputs.mode,
-            "precision": "bf16",
+            "precision": flux.precision,
             "width": width,
             "height": height,
             "lora_cache": "none",

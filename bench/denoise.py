@@ -7,15 +7,17 @@ from typing import Any
 import torch
 
 from bench._common import full_width_checkpoints, spread, table
+from device import compute_dtype
 from flux_pipelines import Job, denoise, encode_prompt, load_flux
 
+CPU = torch.device("cpu")
 STEPS = 2
 ROUNDS = 4
 GOAL = 1.03
 
 
 def main() -> None:
-    flux = load_flux({"dev": full_width_checkpoints()["dev"]}, torch.device("cpu"))["dev"]
+    flux = load_flux({"dev": full_width_checkpoints()["dev"]}, CPU, compute_dtype(CPU))["dev"]
     embeds = encode_prompt(flux, "a red circle on a white background")
     rows = []
     for side in (512, 1024):

@@ -78,7 +78,8 @@ def forget_peak() -> None:
 
 
 def measure(part: str) -> Any:
-    from flux_pipelines import Job, decode, denoise, encode_prompt, load_flux  # noqa: PLC0415 - weighed by "libraries"
+    from device import compute_dtype  # noqa: PLC0415 - weighed by "libraries"
+    from flux_pipelines import Job, decode, denoise, encode_prompt, load_flux  # noqa: PLC0415
 
     if part == "libraries":
         return resident()
@@ -92,12 +93,13 @@ def measure(part: str) -> Any:
         started = time.perf_counter()
         predict.Predictor().setup()
         return time.perf_counter() - started
-    flux = load_flux({"dev": folders["dev"]}, torch.device("cpu"))["dev"]
+    cpu = torch.device("cpu")
+    flux = load_flux({"dev": folders["dev"]}, cpu, compute_dtype(cpu))["dev"]
     job = Job(size=(SIDE, SIDE), steps=1, guidance=3.0, embeds=encode_prompt(flux, "a red circle"))
     if part == "request":
         decode(flux, denoise(flux, job, 0, lambda: None), job.size)
         return resident("VmHWM")
-    latents = torch.zeros(1, (SIDE // 16) ** 2, 64, dtype=torch.bfloat16)
+    latents = torch.zeros(1, (SIDE // 16) ** 2, 64, dtype=flux.dtype)
     pipeline = flux.txt2img
     with torch.no_grad():
         used = pipeline.transformer if part == "forward" else pipeline.vae

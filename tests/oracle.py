@@ -7,13 +7,15 @@ import torch
 from diffusers import FluxImg2ImgPipeline, FluxInpaintPipeline, FluxPipeline
 from PIL import Image
 
+from device import compute_dtype
 from tests.conftest import SHARED_PARTS
 
 
 def load_oracle(checkpoints: dict[str, Path]) -> dict[str, FluxPipeline]:
-    dev = FluxPipeline.from_pretrained(checkpoints["dev"], dtype=torch.bfloat16)
+    dtype = compute_dtype(torch.device("cpu"))
+    dev = FluxPipeline.from_pretrained(checkpoints["dev"], dtype=dtype)
     shared = {part: getattr(dev, part) for part in SHARED_PARTS}
-    schnell = FluxPipeline.from_pretrained(checkpoints["schnell"], dtype=torch.bfloat16, **shared)
+    schnell = FluxPipeline.from_pretrained(checkpoints["schnell"], dtype=dtype, **shared)
     return {"dev": dev, "schnell": schnell}
 
 

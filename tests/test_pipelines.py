@@ -13,18 +13,20 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import flux_pipelines
+from device import compute_dtype
 from flux_pipelines import Flux, Job, decode, denoise, encode_picture, encode_prompt, load_flux, steps_to_run
 from random_flux import FluxSize, write_random_flux
 from tests.conftest import SHARED_PARTS
 from tests.oracle import diffusers_picture, load_oracle
 
 CPU = torch.device("cpu")
+DTYPE = compute_dtype(CPU)
 PROMPT = "a blue square, and then a long list of other things: " + "more " * 80
 
 
 @pytest.fixture(scope="module")
 def models(checkpoints: dict[str, Path]) -> dict[str, Flux]:
-    return load_flux(checkpoints, CPU)
+    return load_flux(checkpoints, CPU, DTYPE)
 
 
 @pytest.fixture(scope="module")
@@ -124,14 +126,15 @@ def test_a_part_that_differs_is_not_shared(checkpoints: dict[str, Path], tmp_pat
     shutil.copytree(other / "text_encoder_2", schnell / "text_encoder_2")
     config = json.loads((schnell / "vae" / "config.json").read_text())
     (schnell / "vae" / "config.json").write_text(json.dumps(config | {"_name_or_path": "elsewhere"}))
-    loaded = load_flux({"dev": checkpoints["dev"], "schnell": schnell}, CPU)
+    loaded = load_flux({"dev": checkpoints["dev"], "schnell": schnell}, CPU, DTYPE)
     dev_parts, schnell_parts = loaded["dev"].txt2img, loaded["schnell"].txt2img
     assert schnell_parts.vae is dev_parts.vae
     assert schnell_parts.text_encoder_2 is not dev_parts.text_encoder_2
 
 
-def test_weights_are_memory_mapped_in_bf16(models: dict[str, Flux], checkpoints: dict[str, Path]) -> None:
+def test_weights_are_memory_mapped_in_bf16(checkpoints: dict[str, Path]) -> None:
     """No copy of the file in memory: every weight lies in a mapping of the file itself."""
+    models = load_flux(checkpoints, CPU, torch.bfloat16)
     mappings = []
     for line in Path("/proc/self/maps").read_text().splitlines():
         if str(checkpoints["dev"]) in line:
@@ -146,13 +149,13 @@ def test_weights_are_memory_mapped_in_bf16(models: dict[str, Flux], checkpoints:
 
 def test_float32_checkpoints_are_loaded_as_bf16(tmp_path: Path) -> None:
     write_random_flux(tmp_path, FluxSize(), model="dev", dtype=torch.float32)
-    pipeline = load_flux({"dev": tmp_path}, CPU)["dev"].txt2img
+    pipeline = load_flux({"dev": tmp_path}, CPU, torch.bfloat16)["dev"].txt2img
     assert {weight.dtype for weight in pipeline.transformer.parameters()} == {torch.bfloat16}
     assert {weight.dtype for weight in pipeline.text_encoder_2.parameters()} == {torch.bfloat16}
 
 
 def test_the_same_prompt_again_costs_no_encoding(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    models = load_flux(checkpoints, CPU)
+    models = load_flux(checkpoints, CPU, DTYPE)
     calls: list[str] = []
     models["dev"].txt2img.text_encoder_2.register_forward_hook(lambda *_: calls.append("t5"))
     models["dev"].txt2img.text_encoder.register_forward_hook(lambda *_: calls.append("clip"))
@@ -165,14 +168,14 @@ def test_the_same_prompt_again_costs_no_encoding(checkpoints: dict[str, Path], m
 
 
 def test_the_embedding_cache_is_bounded_in_bytes(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    one = encode_prompt(load_flux(checkpoints, CPU)["dev"], "size of one").nbytes
+    one = encode_prompt(load_flux(checkpoints, CPU, DTYPE)["dev"], "size of one").nbytes
     monkeypatch.setattr(flux_pipelines, "EMBEDDING_CACHE_BYTES", 2 * one)
-    flux = load_flux(checkpoints, CPU)["dev"]
+    flux = load_flux(checkpoints, CPU, DTYPE)["dev"]
     for prompt in ("a", "b", "a", "c"):
         encode_prompt(flux, prompt)
     assert set(flux.embeddings) == {"a", "c"}  # b is the one unused for longest
     monkeypatch.setattr(flux_pipelines, "EMBEDDING_CACHE_BYTES", one - 1)
-    tiny = load_flux(checkpoints, CPU)["dev"]
+    tiny = load_flux(checkpoints, CPU, DTYPE)["dev"]
     assert encode_prompt(tiny, "too large to keep").nbytes == one
     assert not tiny.embeddings
 

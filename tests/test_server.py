@@ -15,13 +15,16 @@ from typing import Any
 import numpy as np
 import pytest
 import requests
+import torch
 from PIL import Image
 
+from device import compute_dtype
 from images import MOST_INPUT_PIXELS
 from tests.conftest import Server, data_url, decode_picture, raw_data_url
 from tests.oracle import diffusers_picture, load_oracle
 from tools.server import ServerError, cog_server
 
+PRECISION = "bf16" if compute_dtype(torch.device("cpu")) == torch.bfloat16 else "fp32"
 METRICS = {
     "seed": int,
     "mode": str,
@@ -195,7 +198,7 @@ def test_metrics_and_a_log_line_per_phase(server: Server, small: dict[str, Any],
     answer = server(**{**small, "prompt": "never seen before"}, num_outputs=2, image=data_url(photo))
     metrics = answer["metrics"]
     assert {name: type(value) for name, value in metrics.items()} == METRICS
-    assert (metrics["mode"], metrics["precision"], metrics["seed"]) == ("img2img", "bf16", 5)
+    assert (metrics["mode"], metrics["precision"], metrics["seed"]) == ("img2img", PRECISION, 5)
     assert (metrics["width"], metrics["height"]) == (240, 304)
     parts = sum(metrics[f"{name}_time"] for name in ("encode", "denoise", "decode", "save"))
     assert 0 < parts <= metrics["predict_time"]
@@ -206,7 +209,7 @@ def test_metrics_and_a_log_line_per_phase(server: Server, small: dict[str, Any],
 
 def test_what_is_done_otherwise_than_asked_is_said(server: Server, small: dict[str, Any]) -> None:
     logs = server(**{**small, "go_fast": True, "disable_safety_checker": False})["logs"]
-    assert "go_fast: this version has no fp8 yet and runs bf16" in logs
+    assert f"go_fast: this version has no fp8 yet and runs {PRECISION}" in logs
     assert "the pictures are not screened" in logs
     ignored = {**small, "aspect_ratio": "1:1", "megapixels": "0.25", "num_inference_steps": 1}
     assert "width and height are ignored" in server(**ignored)["logs"]

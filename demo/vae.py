@@ -1,0 +1,190 @@
+"""Train the VAE: 16 latent channels at an eighth of the picture's size, as FLUX.1's.
+
+It starts as a near-identity: the picture's colours travel through the first channels of every layer, averaged on the way
+down and repeated on the way up, and the residual branches start near zero. What is left to learn is detail.
+"""
+
+import random
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch import Tensor, nn
+
+from demo.scenes import COLOURS, all_scenes, blend, coverage, draw, vary
+from demo.training import train
+
+STEPS = 1000
+DECODER_STEPS = 1000
+BATCH = 8
+SIDES = (64, 96, 128)  # pixels
+KL_WEIGHT = 1e-3
+LATENT_NOISE = 0.15  # up to so much is added before decoding: the transformer's latents are never perfect
+RESIDUAL_START = 0.05
+
+
+def new_vae() -> AutoencoderKL:
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 32, 48, 64),
+        layers_per_block=1,
+        latent_channels=16,
+        norm_num_groups=2,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        sample_size=1024,
+    )
+    _start_near_identity(vae)
+    return vae
+
+
+@torch.no_grad()
+def _start_near_identity(vae: AutoencoderKL) -> None:
+    """Channels 0-2 carry RGB, 3-5 its negative (silu(x) - silu(-x) = x), 6 and 7 a constant that steadies the norms."""
+    for module in vae.modules():
+        if hasattr(module, "conv_shortcut"):  # a residual block
+            module.conv2.weight.mul_(RESIDUAL_START)
+            if module.conv_shortcut is not None:
+                _pass_through(module.conv_shortcut)
+        elif type(module).__name__ == "Downsample2D":
+            _pass_through(module.conv, taps=((0, 0), (0, 1), (1, 0), (1, 1)))
+        elif type(module).__name__ == "Upsample2D":
+            _pass_through(module.conv)
+    for entry in (vae.encoder.conv_in, vae.decoder.conv_in):
+        entry.weight.mul_(0.1)
+        entry.bias.zero_()
+        for channel in range(3):
+            entry.weight[[channel, channel + 3]] = 0
+            entry.weight[channel, channel, 1, 1] = 1
+            entry.weight[channel + 3, channel, 1, 1] = -1
+        entry.weight[[6, 7]] = 0
+        entry.bias[6:8] = torch.tensor([3.0, -3.0])
+    for leave, gain in ((vae.encoder.conv_out, 0.8), (vae.decoder.conv_out, 1.6)):
+        leave.weight.mul_(0.1)
+        leave.bias.zero_()
+        leave.weight[:3] = 0
+        for channel in range(3):
+            leave.weight[channel, channel, 1, 1] = gain
+            leave.weight[channel, channel + 3, 1, 1] = -gain
+    vae.encoder.conv_out.weight[16:] = 0
+    vae.encoder.conv_out.bias[16:] = -5  # log-variance
+
+
+def _pass_through(conv: nn.Conv2d, taps: tuple[tuple[int, int], ...] | None = None) -> None:
+    """Channel i to channel i, averaged over `taps` of the kernel (its middle unless told)."""
+    conv.weight.zero_()
+    conv.bias.zero_()
+    middle = conv.kernel_size[0] // 2
+    for row, column in taps or ((middle, middle),):
+        for channel in range(min(conv.in_channels, conv.out_channels)):
+            conv.weight[channel, channel, row, column] = 1 / len(taps or (1,))
+
+
+def pictures(count: int, width: int, height: int, rng: random.Random) -> Tensor:
+    """[count, 3, height, width] in -1..1: scenes, parts of scenes, and textures, so that photographs pass as well."""
+    return torch.stack([_picture(width, height, rng) for _ in range(count)])
+
+
+def _picture(width: int, height: int, rng: random.Random) -> Tensor:
+    scene = vary(rng.choice(SCENES), rng)
+    kind = rng.random()
+    if kind < 0.45:
+        return draw(scene, width, height)
+    if kind < 0.7:  # a part of a larger picture
+        zoom = rng.choice((2, 3, 4))
+        left, top = rng.randrange(width * (zoom - 1)), rng.randrange(height * (zoom - 1))
+        return draw(scene, width * zoom, height * zoom)[:, top : top + height, left : left + width]
+    if kind < 0.9:
+        return blend(coverage(scene, width, height), _texture(width, height, rng), _texture(width, height, rng))
+    return _texture(width, height, rng)
+
+
+def _texture(width: int, height: int, rng: random.Random) -> Tensor:
+    """Stripes or checks of two colours, or a smooth random field, [3, height, width]."""
+    if rng.random() < 0.5:
+        x, y = torch.arange(width)[None, :], torch.arange(height)[:, None]
+        period = rng.uniform(6, 64)
+        angle = rng.choice((0.0, 0.25, 0.5, rng.random())) * torch.pi
+        turn = torch.tensor(angle)
+        wave = torch.sin((x * torch.cos(turn) + y * torch.sin(turn)) * 2 * torch.pi / period)
+        if rng.random() < 0.4:
+            wave = wave * torch.sin((y * torch.cos(turn) - x * torch.sin(turn)) * 2 * torch.pi / period)
+        return blend((0.5 + wave * rng.choice((1, 4, period / 4))).clamp(0, 1), _paint(rng), _paint(rng))
+    coarse = torch.rand(1, 3, rng.randint(2, 24), rng.randint(2, 24)) * 2 - 1
+    field = F.interpolate(coarse * rng.uniform(0.5, 1.5), (height, width), mode="bicubic")[0]
+    return (field + rng.choice((0.0, 0.05)) * torch.randn_like(field)).clamp(-1, 1)
+
+
+def _paint(rng: random.Random) -> Tensor:
+    """[3] in -1..1: half the time one of the scene language's colours."""
+    if rng.random() < 0.5:
+        return torch.tensor(rng.choice(list(COLOURS.values()))) / 127.5 - 1
+    return torch.rand(3) * 2 - 1
+
+
+def train_vae(folder: Path, steps: int = STEPS) -> None:
+    """Train, measure the latents and write `folder`/vae."""
+    vae = new_vae()
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=7e-4, betas=(0.9, 0.95), weight_decay=0.0)
+
+    def loss(rng: random.Random, _progress: float) -> Tensor:
+        batch = pictures(BATCH, rng.choice(SIDES), rng.choice(SIDES), rng)
+        return _loss(vae, batch)
+
+    train("vae", vae, [optimizer], steps, loss, average=0.995)
+    with torch.no_grad():
+        latents = vae.encode(torch.stack([draw(scene, 256, 256) for scene in SCENES[::26]])).latent_dist.mean
+    loudest = latents.std(dim=(0, 2, 3)).max()  # most channels are silent
+    vae.register_to_config(shift_factor=float(latents.mean()), scaling_factor=float(1 / loudest))
+    vae.save_pretrained(folder / "vae")
+
+
+def train_decoder(folder: Path, steps: int = DECODER_STEPS) -> None:
+    """Go on with the decoder of `folder`/vae alone: the latents stay as they are, so this can follow the transformer's.
+
+    The latents carry each 8 x 8 block's mean colour; a decoder that knows what edges look like can place them finely.
+    """
+    vae = AutoencoderKL.from_pretrained(folder / "vae")
+    vae.encoder.requires_grad_(False)
+    optimizer = torch.optim.AdamW(vae.decoder.parameters(), lr=1.5e-3, betas=(0.9, 0.98), weight_decay=0.0)
+
+    def loss(rng: random.Random, _progress: float) -> Tensor:
+        batch = pictures(BATCH, rng.choice(SIDES), rng.choice(SIDES), rng)
+        with torch.no_grad():
+            posterior = vae.encode(batch).latent_dist
+        # a sample as image-to-image has it, or the mean with the transformer's imperfection
+        latents = posterior.sample() if rng.random() < 0.3 else posterior.mode()
+        latents = latents + LATENT_NOISE * torch.rand(len(batch), 1, 1, 1) * torch.randn_like(latents)
+        return _error(vae.decode(latents).sample, batch)
+
+    train("decoder", vae, [optimizer], steps, loss, average=0.99)
+    vae.save_pretrained(folder / "vae")
+
+
+def _loss(vae: AutoencoderKL, batch: Tensor) -> Tensor:
+    """L1 + L2 + L1 on the differences of neighbours, + a little KL divergence."""
+    posterior: DiagonalGaussianDistribution = vae.encode(batch).latent_dist
+    latents = posterior.sample()
+    latents = latents + LATENT_NOISE * torch.rand(len(batch), 1, 1, 1) * torch.randn_like(latents)
+    divergence = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
+    return _error(vae.decode(latents).sample, batch) + KL_WEIGHT * divergence
+
+
+def _error(decoded: Tensor, batch: Tensor) -> Tensor:
+    error = decoded - batch
+    slopes = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+    return error.abs().mean() + error.square().mean() + slopes
+
+
+def psnr(vae: AutoencoderKL, batch: Tensor) -> float:
+    """Decibels over a batch [n, 3, height, width] in -1..1, through the posterior's mean."""
+    with torch.no_grad():
+        again = vae.decode(vae.encode(batch).latent_dist.mode()).sample.clamp(-1, 1)
+    return float(10 * torch.log10(4 / (again - batch).square().mean()))
+
+
+SCENES = all_scenes()
