@@ -77,7 +77,7 @@ class Screener:
     def __init__(self, checker: Checker, seconds: float) -> None:
         self.checker = checker
         self.seconds = seconds
-        self._jobs: SimpleQueue[tuple[Sequence[Image.Image], SimpleQueue[Any]]] = SimpleQueue()
+        self._jobs: SimpleQueue[tuple[Sequence[Image.Image], SimpleQueue[Any], float]] = SimpleQueue()
         self._busy_since = math.inf  # both on the clock of time.monotonic
         self._worked_at = -math.inf
         threading.Thread(target=self._work, name="safety", daemon=True).start()
@@ -103,21 +103,26 @@ class Screener:
 
     def check_health(self) -> None:
         """Raise `SafetyError` if the checker has stopped working. It is asked only where that is in doubt."""
-        now = time.monotonic()
-        if now - self._busy_since > self.seconds:
-            raise SafetyError(f"The safety checker has been busy with one request for {now - self._busy_since:.0f} s.")
-        if self._busy_since == math.inf and now - self._worked_at > TRUSTED_SECONDS:
+        self._check_stuck()
+        if self._busy_since == math.inf and time.monotonic() - self._worked_at > TRUSTED_SECONDS:
             self._score([GREY], self.seconds)
 
+    def _check_stuck(self) -> None:
+        busy = time.monotonic() - self._busy_since
+        if busy > self.seconds:
+            raise self._failure(f"the safety checker has been busy with an earlier request for {busy:.0f} s", "")
+
     def _score(self, pictures: Sequence[Image.Image], seconds: float) -> Scores:
+        """Scores of the right shape, all finite; `seconds` to begin and as many again to finish."""
+        self._check_stuck()
         answer: SimpleQueue[Any] = SimpleQueue()
-        self._jobs.put((pictures, answer))
+        self._jobs.put((pictures, answer, time.monotonic() + seconds))
         self._wait(answer, seconds)  # for the start, since a request that was given up may still be screened
         scores = self._wait(answer, seconds)
         if isinstance(scores, Exception):
-            raise self._failure(f"the safety checker raised {type(scores).__name__}", str(scores))
+            raise self._failure(f"the safety checker raised {type(scores).__name__}", f"({scores})")
         if np.shape(scores) != (len(pictures), len(self.checker.limits)) or not np.isfinite(scores).all():
-            raise self._failure("the safety checker gave no usable score", f"scores: {scores}")
+            raise self._failure("the safety checker gave no usable score", f"(scores: {scores})")
         self._worked_at = time.monotonic()
         return np.asarray(scores, np.float32)
 
@@ -126,18 +131,20 @@ class Screener:
         while (left := deadline - time.monotonic()) > 0:
             with suppress(Empty):
                 return answer.get(timeout=min(POLL_SECONDS, left))
-        raise self._failure(f"the safety checker took longer than {seconds:g} s", "SAFETY_TIMEOUT sets the limit")
+        raise self._failure(f"the safety checker took longer than {seconds:g} s", "(SAFETY_TIMEOUT sets the limit)")
 
     def _failure(self, reason: str, detail: str) -> SafetyError:
         self._worked_at = -math.inf
-        log.error("safety: %s; %s", reason, detail.partition("\n")[0])
+        log.error("safety: %s %s", reason, detail.partition("\n")[0])
         return SafetyError(f"Screening failed, which says nothing about the pictures, and none is shown: {reason}.")
 
     def _work(self) -> None:
         while True:
             self._do(*self._jobs.get())
 
-    def _do(self, pictures: Sequence[Image.Image], answer: "SimpleQueue[Any]") -> None:
+    def _do(self, pictures: Sequence[Image.Image], answer: "SimpleQueue[Any]", start_by: float) -> None:
+        if time.monotonic() > start_by:
+            return
         self._busy_since = time.monotonic()
         answer.put("started")
         try:
@@ -259,10 +266,14 @@ def _load_open_nsfw(settings: Settings, _device: torch.device) -> Checker:
         ) from None
     input_name = session.get_inputs()[0].name
 
+    def score_one(picture: Image.Image) -> Scores:
+        pixels = preprocess(picture)[None]  # [1, 224, 224, 3], BGR less its mean
+        return np.asarray(session.run(None, {input_name: pixels})[0][:, 1:], np.float32)
+
     def score(pictures: Sequence[Image.Image]) -> Scores:
+        """Side by side rather than in a batch, which is no faster on a CPU and whose size tints the scores."""
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            batch = np.stack(list(pool.map(preprocess, pictures)))  # [pictures, 224, 224, 3], BGR less its mean
-        return np.asarray(session.run(None, {input_name: batch})[0][:, 1:], np.float32)
+            return np.concatenate(list(pool.map(score_one, pictures)))
 
     return Checker("open-nsfw", score, {"nsfw": settings.safety_open_nsfw_limit})
 
