@@ -5,7 +5,7 @@ import logging
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -15,6 +15,7 @@ from huggingface_hub.errors import (
     HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 
 from settings import Settings, SettingsError
@@ -41,7 +42,7 @@ def find_checkpoints(settings: Settings, weights: Path = WEIGHTS) -> dict[str, P
         default = weights / f"FLUX.1-{model}"
         borrows = "dev" in folders and not is_stand_in(folders["dev"])
         if reference is not None:
-            folders[model] = _resolve(reference, variable, settings.hf_token, borrows=borrows)
+            folders[model] = resolve_folder(reference, variable, settings.hf_token, _wanted(reference, borrows))
         elif default.is_dir():
             folders[model] = default
         else:
@@ -56,28 +57,26 @@ def is_stand_in(folder: Path) -> bool:
     return folder.parent.name.startswith(STAND_IN_PREFIX)
 
 
-def _resolve(reference: str, variable: str, token: str | None, *, borrows: bool) -> Path:
+def resolve_folder(reference: str, variable: str, token: str | None, wanted: Sequence[str]) -> Path:
+    """The folder that `reference` names: one that is here, or a Hugging Face repo's files that match `wanted`.
+
+    A repo id may end in `@revision`. The files go into Hugging Face's own cache, resumed after a break and never
+    fetched twice. Raises `SettingsError`, which names `variable`, when there is no such thing or it cannot be fetched.
+    """
     folder = Path(reference).expanduser()
     if folder.is_dir():
         return folder
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", reference):
+    match = re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?", reference)
+    if not match:
         raise SettingsError(
             f"The environment variable {variable} is {reference!r}, which is neither a folder here nor a Hugging Face "
             "repo id such as black-forest-labs/FLUX.1-dev."
         )
-    parts = OWN_PARTS if borrows else OWN_PARTS + SHARED_PARTS
-    if borrows:
-        log.info("%s: the VAE and the text encoders are dev's and are not fetched again", reference)
-    return _fetch(reference, variable, token, parts)
-
-
-def _fetch(repo: str, variable: str, token: str | None, parts: tuple[str, ...]) -> Path:
-    """Fetch a repo's parts into Hugging Face's own cache (resumed after a break, nothing twice), with progress."""
-    log.info("%s: fetching %s from Hugging Face", variable, repo)
-    wanted = [f"{part}/*.{kind}" for part in parts for kind in ("json", "safetensors", "txt", "model")]
-    about = f"The environment variable {variable} names the Hugging Face repo {repo}"
+    repo, revision = match.groups()
+    log.info("%s: fetching %s from Hugging Face", variable, reference)
+    about = f"The environment variable {variable} names the Hugging Face repo {reference}"
     try:
-        return Path(snapshot_download(repo, allow_patterns=wanted, token=token))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(wanted), token=token))
     except GatedRepoError:
         raise SettingsError(
             f"{about}, which is gated: accept its licence on its page and set HF_TOKEN to a token of that account."
@@ -86,6 +85,8 @@ def _fetch(repo: str, variable: str, token: str | None, parts: tuple[str, ...]) 
         raise SettingsError(
             f"{about}, but there is no such repo, or it is private and HF_TOKEN does not open it."
         ) from None
+    except RevisionNotFoundError:
+        raise SettingsError(f"{about}, but that repo has no such revision.") from None
     except HFValidationError:
         raise SettingsError(f"{about}, which is not a valid repo id.") from None
     except LocalEntryNotFoundError:
@@ -96,6 +97,14 @@ def _fetch(repo: str, variable: str, token: str | None, parts: tuple[str, ...]) 
         raise SettingsError(f"{about}, but Hugging Face answered {error.response.status_code}.") from None
     except OSError as error:
         raise SettingsError(f"{about}, but fetching it failed: {error.strerror or type(error).__name__}.") from None
+
+
+def _wanted(reference: str, borrows: bool) -> list[str]:
+    """The files of a FLUX.1 repo that are to be fetched."""
+    if borrows and not Path(reference).expanduser().is_dir():
+        log.info("%s: the VAE and the text encoders are dev's and are not fetched again", reference)
+    parts = OWN_PARTS if borrows else OWN_PARTS + SHARED_PARTS
+    return [f"{part}/*.{kind}" for part in parts for kind in ("json", "safetensors", "txt", "model")]
 
 
 def _check_layout(folders: Mapping[str, Path], model: str, variable: str) -> None:

@@ -32,6 +32,16 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.float32
 
 
+def check_device(device: torch.device) -> None:
+    """Compute something small on the device. Raises `RuntimeError` if it has stopped working."""
+    try:
+        answer = torch.ones(2, device=device).sum().item()
+    except RuntimeError as error:  # what CUDA says goes on for many lines
+        raise RuntimeError(f"The device {device} has stopped working: {str(error).splitlines()[0]}.") from None
+    if answer != 2:
+        raise RuntimeError(f"The device {device} has stopped working: it adds 1 and 1 to {answer}.")
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for what was queued on a GPU, so that a clock read next is right; a CPU has nothing queued."""
     if device.type == "cuda":

@@ -12,10 +12,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from checkpoints import find_checkpoints, is_stand_in
-from device import choose_device, compute_dtype
+from device import check_device, choose_device, compute_dtype
 from flux_pipelines import Flux, Job, decode, denoise, encode_picture, encode_prompt, load_flux, steps_to_run
 from images import Inputs, keep_unmasked, read_inputs, save_pictures
 from phases import Phases
+from safety import BlockedError, load_screener
 from settings import read_settings
 
 log = logging.getLogger("flux-lora")
@@ -23,6 +24,7 @@ log.setLevel(logging.INFO)
 logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)  # for the libraries
 
 METRIC_PHASES = ("lora_fetch", "lora_apply", "encode", "denoise", "decode", "safety", "save")
+INPUT_SAFETY = "safety of the input"  # counted in safety_time
 KEPT_OUTPUT_FOLDERS = 2  # the last request's and this one's
 
 
@@ -37,6 +39,8 @@ class Predictor(BaseRunner):
         self.settings = read_settings()
         self.device = choose_device(self.settings.flux_device)
         phases = Phases(self.device)
+        with phases.time("load safety checker"):
+            self.screener = load_screener(self.settings, self.device)
         with phases.time("find weights"):
             folders = find_checkpoints(self.settings)
         with phases.time("load models"):
@@ -158,12 +162,14 @@ class Predictor(BaseRunner):
         num_outputs, steps, quality = int(num_outputs), int(num_inference_steps), int(output_quality)
         seed = _usable_seed(seed, num_outputs)
         _refuse_loras(replicate_weights, extra_lora)
-        self._say_what_differs(model, go_fast, disable_safety_checker)
+        self._say_what_differs(model, go_fast)
         phases, flux = Phases(self.device), self.models[model]
 
         with phases.time("read"):
             inputs = read_inputs(image, mask, aspect_ratio, megapixels, width, height)
         log.info("%s, %s, %d x %d, seed %d", model, inputs.mode, *inputs.size, seed)
+        if inputs.picture and self.settings.safety_check_inputs and not disable_safety_checker:
+            self._screen_input(inputs.picture, phases)
         if inputs.picture is not None and steps_to_run(steps, prompt_strength) == 0:
             pictures = [inputs.picture] * num_outputs
         else:
@@ -179,20 +185,37 @@ class Predictor(BaseRunner):
                 )
             phases.report()
             pictures = _draw(flux, job, range(seed, seed + num_outputs), inputs.picture, phases)
+        shown = pictures if disable_safety_checker else self._screen(pictures, phases)
         with phases.time("save"):
-            paths = save_pictures(pictures, self._fresh_output_folder(), output_format, quality)
+            paths = save_pictures(shown, self._fresh_output_folder(), output_format, quality)
         phases.report()
-        self._record_metrics(seed, inputs, flux, phases)
+        self._record_metrics(seed, inputs, flux, len(pictures) - len(shown), phases)
+        if not shown:
+            raise BlockedError("The safety checker blocked every picture: try another prompt or another seed.")
         return [Path(path) for path in paths]
 
-    def _say_what_differs(self, model: str, go_fast: bool, disable_safety_checker: bool) -> None:
+    def healthcheck(self) -> bool:
+        """Cog calls this, on a thread of its own, when it is asked for its health; what it raises is the answer."""
+        check_device(self.device)
+        self.screener.check_health()
+        return True
+
+    def _screen_input(self, picture: Image.Image, phases: Phases) -> None:
+        with phases.time(INPUT_SAFETY):
+            shown = self.screener.allowed([picture])
+        if not shown:
+            raise BlockedError("The safety checker blocked the input image: send another one.")
+
+    def _screen(self, pictures: list[Image.Image], phases: Phases) -> list[Image.Image]:
+        with phases.time("safety"):
+            return self.screener.allowed(pictures)
+
+    def _say_what_differs(self, model: str, go_fast: bool) -> None:
         """Nothing is done otherwise than asked without a line in the log."""
         if model in self.stand_ins:
             log.warning("%s has random weights, a stand-in for the real ones: it draws noise", model)
         if go_fast:
             log.warning("go_fast: this version has no fp8 yet and runs %s", self.models[model].precision)
-        if not disable_safety_checker:
-            log.warning("this version has no safety checker yet: the pictures are not screened")
 
     def _fresh_output_folder(self) -> pathlib.Path:
         """A new temporary folder. Cog's server reads the pictures after run() has returned, so they stay a while."""
@@ -201,7 +224,7 @@ class Predictor(BaseRunner):
             self.output_folders.popleft().cleanup()
         return pathlib.Path(self.output_folders[-1].name)
 
-    def _record_metrics(self, seed: int, inputs: Inputs, flux: Flux, phases: Phases) -> None:
+    def _record_metrics(self, seed: int, inputs: Inputs, flux: Flux, blocked: int, phases: Phases) -> None:
         width, height = inputs.size
         metrics: dict[str, int | float | str] = {
             "seed": seed,
@@ -210,9 +233,11 @@ class Predictor(BaseRunner):
             "width": width,
             "height": height,
             "lora_cache": "none",
-            "images_blocked": 0,
+            "images_blocked": blocked,
         }
-        metrics |= {f"{name}_time": phases.seconds.get(name, 0.0) for name in METRIC_PHASES}
+        seconds = {name: phases.seconds.get(name, 0.0) for name in METRIC_PHASES}
+        seconds["safety"] += phases.seconds.get(INPUT_SAFETY, 0.0)
+        metrics |= {f"{name}_time": value for name, value in seconds.items()}
         for name, value in metrics.items():
             self.record_metric(name, value)
 

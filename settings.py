@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 GB = 10**9
+SAFETY_MODELS = ("two-stage", "vit", "open-nsfw")
 T = TypeVar("T")
 
 
@@ -32,7 +33,14 @@ class Settings:
     lora_allow_private_hosts: bool
     civitai_endpoint: str
     replicate_endpoint: str
-    safety_model: str | None
+    safety_model: str | None  # one of SAFETY_MODELS; None: the two-stage one where its weights are at hand
+    safety_concepts: str | None  # a folder or a Hugging Face repo id, as is the next
+    safety_vit: str | None
+    safety_concept_limit: float
+    safety_vit_limit: float
+    safety_open_nsfw_limit: float
+    safety_timeout: float  # seconds
+    safety_check_inputs: bool
     hf_token: str | None = field(repr=False)
     civitai_api_token: str | None = field(repr=False)
     replicate_api_token: str | None = field(repr=False)
@@ -62,7 +70,14 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         lora_allow_private_hosts=read("LORA_ALLOW_PRIVATE_HOSTS", _switch, False),
         civitai_endpoint=read("CIVITAI_ENDPOINT", _url, "https://civitai.com"),
         replicate_endpoint=read("REPLICATE_ENDPOINT", _url, "https://replicate.com"),
-        safety_model=read("SAFETY_MODEL", _nonempty, None),
+        safety_model=read("SAFETY_MODEL", _safety_model, None),
+        safety_concepts=read("SAFETY_CONCEPTS", _nonempty, None),
+        safety_vit=read("SAFETY_VIT", _nonempty, None),
+        safety_concept_limit=read("SAFETY_CONCEPT_LIMIT", _cosine, 0.0),
+        safety_vit_limit=read("SAFETY_VIT_LIMIT", _probability, 0.5),
+        safety_open_nsfw_limit=read("SAFETY_OPEN_NSFW_LIMIT", _probability, 0.8),
+        safety_timeout=read("SAFETY_TIMEOUT", _positive, 30.0),
+        safety_check_inputs=read("SAFETY_CHECK_INPUTS", _switch, False),
         hf_token=read("HF_TOKEN", _token, None),
         civitai_api_token=read("CIVITAI_API_TOKEN", _token, None),
         replicate_api_token=read("REPLICATE_API_TOKEN", _token, None),
@@ -89,6 +104,12 @@ def _switch(text: str) -> bool:
     raise ValueError(f"must be 1 or 0, not {text!r}")
 
 
+def _safety_model(text: str) -> str:
+    if text not in SAFETY_MODELS:
+        raise ValueError(f"must be {', '.join(SAFETY_MODELS[:-1])} or {SAFETY_MODELS[-1]}, not {text!r}")
+    return text
+
+
 def _positive(text: str) -> float:
     try:
         number = float(text)
@@ -96,6 +117,24 @@ def _positive(text: str) -> float:
         number = math.nan
     if not (math.isfinite(number) and number > 0):
         raise ValueError(f"must be a number above 0, not {text!r}")
+    return number
+
+
+def _probability(text: str) -> float:
+    return _between(text, 0, 1)
+
+
+def _cosine(text: str) -> float:
+    return _between(text, -1, 1)
+
+
+def _between(text: str, least: float, most: float) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not least <= number <= most:
+        raise ValueError(f"must be a number from {least} to {most}, not {text!r}")
     return number
 
 

@@ -15,6 +15,10 @@ def test_defaults_serve() -> None:
     assert settings.go_fast_lora_multiplier == 1.5
     assert settings.lora_cache_dir == Path.home() / ".cache" / "flux-lora"
     assert not settings.lora_allow_private_hosts
+    assert settings.safety_model is None
+    assert (settings.safety_concept_limit, settings.safety_vit_limit, settings.safety_open_nsfw_limit) == (0, 0.5, 0.8)
+    assert settings.safety_timeout == 30
+    assert not settings.safety_check_inputs
 
 
 def test_values_are_typed() -> None:
@@ -52,6 +56,13 @@ def test_values_are_typed() -> None:
         ("CIVITAI_ENDPOINT", "civitai.com"),
         ("REPLICATE_ENDPOINT", "ftp://replicate.com"),
         ("SAFETY_MODEL", ""),
+        ("SAFETY_MODEL", "none"),
+        ("SAFETY_VIT", ""),
+        ("SAFETY_VIT_LIMIT", "1.5"),
+        ("SAFETY_OPEN_NSFW_LIMIT", "nan"),
+        ("SAFETY_CONCEPT_LIMIT", "strict"),
+        ("SAFETY_TIMEOUT", "0"),
+        ("SAFETY_CHECK_INPUTS", "2"),
         ("HF_TOKEN", "hf_a\nb"),
         ("CIVITAI_API_TOKEN", "a b"),
         ("REPLICATE_API_TOKEN", "a\tb"),

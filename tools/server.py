@@ -102,6 +102,8 @@ def _wait_until_ready(url: str, process: "subprocess.Popen[str]") -> None:
         if health["status"] in ("SETUP_FAILED", "DEFUNCT"):
             # coglet puts its own words before the predictor's: "...: setup failed: SettingsError: The ..."
             raise ServerError(health["setup"]["logs"].rsplit("setup failed: ", 1)[-1].strip())
+        if health["status"] == "UNHEALTHY":
+            raise ServerError(health["user_healthcheck_error"])
         time.sleep(POLL_SECONDS)
 
 
