@@ -1,10 +1,7 @@
-"""Where the weights of dev and schnell are: a folder, a Hugging Face repo fetched first, or a random stand-in."""
+"""Where the weights of dev and schnell are: a folder, a Hugging Face repo fetched first, or the demo checkpoint."""
 
-import atexit
 import logging
 import re
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -25,36 +22,36 @@ log = logging.getLogger("flux-lora")
 MODELS = ("dev", "schnell")
 WEIGHTS = Path(__file__).parent / "weights"
 OWN_PARTS = ("transformer", "scheduler")
-STAND_IN_PREFIX = "flux-stand-in-"
 SHARED_PARTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")  # the same in dev and schnell
 
 
 def find_checkpoints(settings: Settings, weights: Path = WEIGHTS) -> dict[str, Path]:
     """The folder of each model, in diffusers layout and complete but for what schnell may take from dev.
 
-    For each in turn: `FLUX_DEV` / `FLUX_SCHNELL`, then `weights/FLUX.1-dev` / `weights/FLUX.1-schnell`, then a stand-in
-    of random weights. Raises `SettingsError` when what was asked for is not there or is no FLUX.1 checkpoint.
+    For each in turn: `FLUX_DEV` / `FLUX_SCHNELL`, then `weights/FLUX.1-dev` / `weights/FLUX.1-schnell`, then the demo
+    checkpoint, `weights/demo-dev` / `weights/demo-schnell`. Raises `SettingsError` when what was
+    asked for is not there or is no FLUX.1 checkpoint.
     """
     references = {"dev": settings.flux_dev, "schnell": settings.flux_schnell}
     folders: dict[str, Path] = {}
     for model in MODELS:
         variable, reference = f"FLUX_{model.upper()}", references[model]
         default = weights / f"FLUX.1-{model}"
-        borrows = "dev" in folders and not is_stand_in(folders["dev"])
+        borrows = "dev" in folders and not is_demo(folders["dev"])
         if reference is not None:
             folders[model] = resolve_folder(reference, variable, settings.hf_token, _wanted(reference, borrows))
         elif default.is_dir():
             folders[model] = default
         else:
-            folders[model] = _stand_in(model, variable)
+            folders[model] = _demo(model, variable, weights)
         _check_layout(folders, model, variable)
         log.info("%s: %s", model, folders[model])
     return folders
 
 
-def is_stand_in(folder: Path) -> bool:
-    """Whether this process made the folder's weights up."""
-    return folder.parent.name.startswith(STAND_IN_PREFIX)
+def is_demo(folder: Path) -> bool:
+    """Whether the folder holds one of the demo models."""
+    return folder.name in {f"demo-{model}" for model in MODELS}
 
 
 def resolve_folder(reference: str, variable: str, token: str | None, wanted: Sequence[str]) -> Path:
@@ -110,7 +107,9 @@ def _wanted(reference: str, borrows: bool) -> list[str]:
 def _check_layout(folders: Mapping[str, Path], model: str, variable: str) -> None:
     """Say what is missing before anything is loaded."""
     for part in OWN_PARTS + SHARED_PARTS:
-        homes = [folders[model]] + ([folders["dev"]] if part in SHARED_PARTS else [])
+        homes = [folders[model]]
+        if part in SHARED_PARTS and is_demo(folders["dev"]) == is_demo(folders[model]):
+            homes.append(folders["dev"])
         if not any((home / part).is_dir() for home in homes):
             raise SettingsError(
                 f"The environment variable {variable} leads to {folders[model]}, which is not a FLUX.1 checkpoint in "
@@ -118,16 +117,17 @@ def _check_layout(folders: Mapping[str, Path], model: str, variable: str) -> Non
             )
 
 
-def _stand_in(model: str, variable: str) -> Path:
-    from random_flux import FluxSize, write_random_flux  # noqa: PLC0415 - only a start without weights needs it
-
-    folder = Path(tempfile.mkdtemp(prefix=STAND_IN_PREFIX))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+def _demo(model: str, variable: str, weights: Path) -> Path:
+    folder = weights / f"demo-{model}"
+    if not folder.is_dir():
+        raise SettingsError(
+            f"There are no weights of {model}: set {variable} to a folder in diffusers layout or a Hugging Face repo "
+            f"id, or put them into weights/FLUX.1-{model}."
+        )
     log.warning(
-        "%s IS A STAND-IN WITH RANDOM WEIGHTS AND DRAWS NOISE: %s is not set and weights/FLUX.1-%s is not there.",
+        "%s IS THE DEMO MODEL, WHICH DRAWS NOTHING BUT PLAIN SHAPES: %s is not set and weights/FLUX.1-%s is not there.",
         model.upper(),
         variable,
         model,
     )
-    write_random_flux(folder / model, FluxSize(), model=model)
-    return folder / model
+    return folder

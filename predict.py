@@ -11,7 +11,7 @@ from cog import BaseRunner, Input, Path
 from PIL import Image
 from tqdm import tqdm
 
-from checkpoints import find_checkpoints, is_stand_in
+from checkpoints import find_checkpoints, is_demo
 from device import check_device, choose_device, compute_dtype
 from flux_pipelines import Flux, Job, decode, denoise, encode_picture, encode_prompt, load_flux, steps_to_run
 from images import Inputs, keep_unmasked, read_inputs, save_pictures
@@ -46,7 +46,7 @@ class Predictor(BaseRunner):
         with phases.time("load models"):
             self.models = load_flux(folders, self.device, compute_dtype(self.device))
         phases.report()
-        self.stand_ins = {name for name, folder in folders.items() if is_stand_in(folder)}
+        self.demos = {name for name, folder in folders.items() if is_demo(folder)}
         self.output_folders: deque[tempfile.TemporaryDirectory[str]] = deque()
 
     def run(  # noqa: PLR0913, PLR0917 - the contract has 21 inputs
@@ -212,8 +212,10 @@ class Predictor(BaseRunner):
 
     def _say_what_differs(self, model: str, go_fast: bool) -> None:
         """Nothing is done otherwise than asked without a line in the log."""
-        if model in self.stand_ins:
-            log.warning("%s has random weights, a stand-in for the real ones: it draws noise", model)
+        if model in self.demos:
+            log.warning(
+                "%s is the demo model: it draws one plain shape, such as a red circle on a white background", model
+            )
         if go_fast:
             log.warning("go_fast: this version has no fp8 yet and runs %s", self.models[model].precision)
 

@@ -1,7 +1,7 @@
 """A FLUX.1 checkpoint of any size with random weights, in diffusers' folder layout.
 
-It has every part that the real checkpoint has, so the same code loads and runs it; what it draws is noise.
-The predictor falls back to one when it is given no checkpoint, the tests and benchmarks build theirs with it.
+It has every part that the real checkpoint has, so the same code loads and runs it; what it draws is noise. The tests
+and benchmarks build theirs with it.
 """
 
 import string

@@ -51,6 +51,7 @@ def measure(url: str) -> list[list[str]]:
 
 def one_request(url: str, inputs: dict[str, Any]) -> dict[str, float]:
     """Seconds by part, from the client's clock, the metrics and the log."""
+    time.sleep(0.05)  # coglet frees its one slot a moment after it has answered
     started = time.perf_counter()
     answer = predict(url, inputs)
     wall = time.perf_counter() - started

@@ -1,4 +1,4 @@
-"""Where the seconds of script/predict go when the environment exists, on the stand-in checkpoint."""
+"""Where the seconds of script/predict go when the environment exists, on the demo checkpoint."""
 
 import json
 import re
@@ -39,7 +39,7 @@ def one_run() -> dict[str, float]:
     return {
         "bash, Python, the client's imports (as --help)": help_seconds,
         "the worker's imports: torch, diffusers, transformers": import_seconds,
-        "setup(): the safety checker loaded and tried, the stand-in built, both models loaded": sum(map(float, setup)),
+        "setup(): the safety checker loaded and tried, both models loaded": sum(map(float, setup)),
         "the prediction: 512 x 512, 4 steps": json.loads(done.stdout)["metrics"]["predict_time"],
         "all": seconds,
     }

@@ -45,13 +45,13 @@ def check(picture: Image.Image, scene: Scene) -> Verdict:
         return Verdict(**{**vars(NOTHING), "background": background_right})
     paint = np.median(pixels[front], axis=0)
     centre = np.argwhere(front).mean(axis=0)[::-1] + 0.5  # x, y
-    shape, overlap = _best_template(front, scene.size, scene.shape)
+    shape, overlap = _best_template(front, scene.size)
     return Verdict(
         background=background_right,
         colour=_name(paint) == scene.colour and _share(pixels[front], paint) > 0.85,
         position=bool(np.linalg.norm(centre - _middle(scene.position, width, height)) < MAX_OFFSET * side),
         shape=shape == scene.shape and overlap > MIN_OVERLAP,
-        size=_nearest_size(float(front.sum()) / side**2, scene.shape) == scene.size,
+        size=_nearest_size(float(front.sum()) / side**2, shape) == scene.size,
     )
 
 
@@ -78,7 +78,7 @@ def _middle(position: str, width: int, height: int) -> np.ndarray:
     return np.array([x * width, y * height])
 
 
-def _best_template(front: np.ndarray, size: str, expected: str) -> tuple[str, float]:
+def _best_template(front: np.ndarray, size: str) -> tuple[str, float]:
     """The shape that overlaps best when laid over `front` with its centre of mass and area, and by how much.
 
     Laid over, not held against where the caption wants it: place and size have checks of their own.
@@ -95,7 +95,7 @@ def _best_template(front: np.ndarray, size: str, expected: str) -> tuple[str, fl
         template = coverage(scene, width, height).numpy() > 0.5
         overlaps[shape] = float((front & template).sum() / (front | template).sum())
     best = max(overlaps, key=overlaps.__getitem__)
-    return best, overlaps[expected]
+    return best, overlaps[best]
 
 
 def _area(shape: str, size: str) -> float:

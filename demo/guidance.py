@@ -15,10 +15,10 @@ from torch import Tensor
 from demo.training import train
 from demo.transformer import PLAIN_GUIDANCE, Batch, Scenes, load_frozen, noise_levels, optimizers, predict_velocity
 
-STEPS = 700
+STEPS = 200
 LEARNING_RATE = 6e-4
 HIGHEST = 10.0  # of guidance_scale
-SIZES = (("small", 16, 0.35), ("medium", 4, 0.45), ("large", 1, 0.2))
+SIZES = (("small", 16, 0.5), ("medium", 4, 0.4), ("large", 1, 0.1))
 
 
 def guidance_weight(guidance: Tensor) -> Tensor:

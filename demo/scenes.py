@@ -139,7 +139,7 @@ def coverage(scene: Scene, width: int, height: int) -> torch.Tensor:
 
 
 def signed_distance(shape: str, x: torch.Tensor, y: torch.Tensor, half: float) -> torch.Tensor:
-    """Distance from the outline of a shape about as large as a circle of radius `half` at the origin, negative inside."""
+    """Distance from the outline of a shape about as large as a circle of radius `half`, negative inside."""
     radius = torch.hypot(x, y)
     if shape == "circle":
         return radius - half

@@ -5,6 +5,7 @@ of these levels, lets dev walk to the next in small steps, and teaches schnell t
 """
 
 import random
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -15,12 +16,12 @@ from torch import Tensor
 from demo.training import train
 from demo.transformer import Batch, Scenes, load_frozen, new_transformer, optimizers, predict_velocity
 
-STEPS = 900
+STEPS = 160
 LEARNING_RATE = 1e-3
 GUIDANCE = 3.0
 SUBSTEPS = (0.0, 0.15, 0.45, 1.0)  # of the way between two levels; more of them where the noise is highest
 SCHEDULES = (4, 4, 4, 4, 4, 4, 1, 2, 3, 8)  # numbers of steps trained for
-SIZES = (("small", 16, 0.45), ("medium", 4, 0.4), ("large", 1, 0.15))
+SIZES = (("small", 16, 0.5), ("medium", 4, 0.4), ("large", 1, 0.1))
 
 
 @torch.no_grad()
@@ -39,7 +40,7 @@ def without_guidance(dev: FluxTransformer2DModel) -> FluxTransformer2DModel:
 def walk(dev: FluxTransformer2DModel, noisy: Tensor, start: Tensor, end: Tensor, batch: Batch) -> Tensor:
     """Where dev comes from `noisy` [n, tokens, 64] at level `start` [n] in Euler steps to level `end` [n]."""
     guidance = torch.full_like(start, GUIDANCE)
-    for before, after in zip(SUBSTEPS, SUBSTEPS[1:], strict=False):
+    for before, after in pairwise(SUBSTEPS):
         level, following = torch.lerp(start, end, before), torch.lerp(start, end, after)
         velocity = predict_velocity(dev, noisy, level, batch, guidance)
         noisy = noisy + (following - level)[:, None, None] * velocity

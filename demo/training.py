@@ -1,4 +1,4 @@
-"""One training loop for every part: seeded step by step, so that a run that was stopped goes on as if it had not been."""
+"""One training loop for every part, seeded step by step: a run that was stopped goes on as if it had not been."""
 
 import logging
 import random
@@ -40,7 +40,7 @@ def train(
     first = _restore(path, trained, averages, optimizers) if path.exists() else 0
     shown, saved, recent = time.monotonic(), time.monotonic(), []
     for step in range(first, steps):
-        rng = random.Random(f"{name} {step}")  # noqa: S311 - not a secret
+        rng = random.Random(f"{name} {step}")
         torch.manual_seed(rng.getrandbits(63))
         for optimizer, own_rates in zip(optimizers, rates, strict=True):
             for group, rate in zip(optimizer.param_groups, own_rates, strict=True):

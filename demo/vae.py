@@ -1,7 +1,7 @@
 """Train the VAE: 16 latent channels at an eighth of the picture's size, as FLUX.1's.
 
-It starts as a near-identity: the picture's colours travel through the first channels of every layer, averaged on the way
-down and repeated on the way up, and the residual branches start near zero. What is left to learn is detail.
+It starts as a near-identity: the picture's colours travel through the first channels of every layer, averaged on the
+way down and repeated on the way up, and the residual branches start near zero. What is left to learn is detail.
 """
 
 import random

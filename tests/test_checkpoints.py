@@ -1,4 +1,4 @@
-"""Where weights come from: folders, Hugging Face through its real client, and the stand-in as the last resort."""
+"""Where weights come from: folders, Hugging Face through its real client, the demo checkpoint as the last resort."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoints import find_checkpoints, is_stand_in
+from checkpoints import find_checkpoints, is_demo
 from settings import SettingsError, read_settings
 from tests.hub import Hub, serve
 
@@ -128,7 +128,7 @@ def test_folders_are_taken_as_they_are(checkpoints: dict[str, Path], tmp_path: P
         (tmp_path / f"FLUX.1-{model}").symlink_to(folder)
     found = find_checkpoints(read_settings({}), weights=tmp_path)
     assert {name: folder.resolve() for name, folder in found.items()} == checkpoints
-    assert not any(map(is_stand_in, found.values()))
+    assert not any(map(is_demo, found.values()))
 
 
 @pytest.mark.parametrize("part", ["transformer", "vae", "tokenizer_2"])
@@ -140,9 +140,18 @@ def test_a_folder_that_lacks_a_part_is_named(checkpoints: dict[str, Path], tmp_p
         find_checkpoints(read_settings({"FLUX_DEV": str(dev)}))
 
 
-def test_without_weights_a_stand_in_is_made_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    found = find_checkpoints(read_settings({}), weights=tmp_path)
-    assert all(map(is_stand_in, found.values()))
-    for model, folder in found.items():
-        assert (folder / "transformer" / "config.json").exists()
-        assert f"{model.upper()} IS A STAND-IN WITH RANDOM WEIGHTS" in caplog.text
+def test_without_weights_it_is_the_demo_model_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    found = find_checkpoints(read_settings({}))
+    assert {name: is_demo(folder) for name, folder in found.items()} == {"dev": True, "schnell": True}
+    for model in found:
+        assert f"{model.upper()} IS THE DEMO MODEL" in caplog.text
+
+
+def test_without_even_the_demo_model_it_says_what_to_set(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="There are no weights of dev: set FLUX_DEV to a folder"):
+        find_checkpoints(read_settings({}), weights=tmp_path)
+
+
+def test_a_real_schnell_borrows_nothing_from_the_demo_dev(checkpoints: dict[str, Path]) -> None:
+    with pytest.raises(SettingsError, match=r"FLUX_SCHNELL leads to .* it has no folder vae"):
+        find_checkpoints(read_settings({"FLUX_SCHNELL": str(checkpoints["schnell"])}))

@@ -1,0 +1,92 @@
+"""Make the whole demo checkpoint: `script/demo`. A run that was stopped goes on from its last checkpoint."""
+
+import argparse
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from transformers import CLIPTextModel, T5EncoderModel
+
+from demo.guidance import distil_guidance
+from demo.schnell import distil_schnell
+from demo.text import train_text
+from demo.training import CHECKPOINTS
+from demo.transformer import train_dev
+from demo.vae import train_decoder, train_vae
+
+ROOT = Path(__file__).parent.parent
+SHARED_PARTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+PLAIN, DEV, SCHNELL = CHECKPOINTS / "plain", CHECKPOINTS / "dev", CHECKPOINTS / "schnell"  # float32
+
+log = logging.getLogger("demo")
+
+
+def link_shared(folder: Path, source: Path) -> None:
+    """Let `folder` have what `source` has but the transformer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in SHARED_PARTS:
+        (folder / part).unlink(missing_ok=True)
+        (folder / part).symlink_to(Path("..") / source.name / part)
+
+
+def guidance() -> None:
+    link_shared(DEV, PLAIN)
+    distil_guidance(PLAIN, DEV)
+
+
+def export() -> None:
+    """Write `weights/demo-dev` and `weights/demo-schnell` in bfloat16, with their schedules."""
+    dev, schnell = ROOT / "weights" / "demo-dev", ROOT / "weights" / "demo-schnell"
+    for part, part_class in {
+        "vae": AutoencoderKL,
+        "text_encoder": CLIPTextModel,
+        "text_encoder_2": T5EncoderModel,
+    }.items():
+        part_class.from_pretrained(PLAIN / part).to(torch.bfloat16).save_pretrained(dev / part)
+    for part in ("tokenizer", "tokenizer_2"):
+        (dev / part).mkdir(exist_ok=True)
+        for file in (PLAIN / part).iterdir():
+            (dev / part / file.name).write_bytes(file.read_bytes())
+    link_shared(schnell, dev)
+    for source, folder, shift in ((DEV, dev, True), (SCHNELL, schnell, False)):
+        transformer = FluxTransformer2DModel.from_pretrained(source / "transformer")
+        transformer.to(torch.bfloat16).save_pretrained(folder / "transformer")
+        scheduler(shift=shift).save_pretrained(folder / "scheduler")
+
+
+def scheduler(*, shift: bool) -> FlowMatchEulerDiscreteScheduler:
+    """dev's moves towards the noise as the picture grows; schnell's is even. The numbers are FLUX.1's."""
+    return FlowMatchEulerDiscreteScheduler(
+        shift=3.0 if shift else 1.0,
+        use_dynamic_shifting=shift,
+        base_shift=0.5,
+        max_shift=1.15,
+        base_image_seq_len=256,
+        max_image_seq_len=4096,
+    )
+
+
+PARTS: dict[str, Callable[[], None]] = {
+    "vae": lambda: train_vae(PLAIN),
+    "text": lambda: train_text(PLAIN),
+    "transformer": lambda: train_dev(PLAIN),
+    "decoder": lambda: train_decoder(PLAIN),
+    "guidance": guidance,
+    "schnell": lambda: distil_schnell(DEV, SCHNELL),
+    "export": export,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="in this order; all of them unless told")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    for part in parser.parse_args().parts or PARTS:
+        log.info("%s", part)
+        PARTS[part]()
+
+
+if __name__ == "__main__":
+    main()

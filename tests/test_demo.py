@@ -1,0 +1,99 @@
+"""The demo model draws what it is told; the check that says so is itself held against drawn scenes."""
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from demo.check import check
+from demo.scenes import COLOURS, HELD_OUT, POSITIONS, SHAPES, SIZES, TRAINED, Scene, all_scenes, caption, draw, vary
+from tests.conftest import Server, data_url
+from tools.server import cog_server
+
+RED_CIRCLE = Scene("circle", "red", "white", "medium", "middle")
+
+
+def picture_of(scene: Scene, width: int, height: int) -> Image.Image:
+    pixels = ((draw(scene, width, height) + 1) * 127.5).round().byte().permute(1, 2, 0)
+    return Image.fromarray(pixels.numpy())
+
+
+def one_wrong(scene: Scene, rng: random.Random) -> dict[str, Scene]:
+    """The scene with each attribute in turn replaced by another of its values."""
+    values = {"shape": SHAPES, "size": SIZES, "position": POSITIONS}
+    wrong = {
+        name: replace(scene, **{name: rng.choice([v for v in choices if v != getattr(scene, name)])})
+        for name, choices in values.items()
+    }
+    others = [name for name in COLOURS if name not in (scene.colour, scene.background)]
+    return wrong | {name: replace(scene, **{name: rng.choice(others)}) for name in ("colour", "background")}
+
+
+@pytest.mark.parametrize("size", [(256, 256), (384, 256), (256, 448)])
+def test_the_check_passes_drawn_scenes_and_names_what_is_wrong(size: tuple[int, int]) -> None:
+    rng = random.Random(str(size))
+    for scene in rng.sample(all_scenes(), 25):
+        drawn = picture_of(vary(scene, rng), *size)
+        assert check(drawn, scene).everything, scene
+        for attribute, other in one_wrong(scene, rng).items():
+            verdict = check(drawn, other)
+            assert not getattr(verdict, attribute), (scene, other)
+            assert sum(vars(verdict).values()) == 4, (scene, other, verdict)
+
+
+def test_the_check_fails_noise_and_nothing() -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8))
+    verdict = check(noise, RED_CIRCLE)
+    assert [verdict.background, verdict.colour, verdict.shape] == [False] * 3
+    empty = vars(check(Image.new("RGB", (256, 256), "white"), RED_CIRCLE))
+    assert [name for name, right in empty.items() if right] == ["background"]
+
+
+def test_held_out_scenes_were_not_trained_on_and_have_every_value() -> None:
+    assert not set(HELD_OUT) & set(TRAINED)
+    for name, values in {"shape": SHAPES, "colour": COLOURS, "size": SIZES, "position": POSITIONS}.items():
+        assert {getattr(scene, name) for scene in HELD_OUT} == set(values)
+
+
+def test_a_caption_says_everything() -> None:
+    assert caption(RED_CIRCLE) == "a red circle on a white background"
+    assert len({caption(scene) for scene in all_scenes()}) == len(all_scenes())
+
+
+@pytest.fixture(scope="module")
+def demo() -> Iterator[Server]:
+    """What a newcomer runs: no weights named."""
+    with cog_server() as running:
+        yield Server(running.url)
+
+
+@pytest.mark.parametrize("model", ["dev", "schnell"])
+def test_it_draws_what_it_is_told(demo: Server, model: str) -> None:
+    steps = {"dev": 28, "schnell": 4}[model]
+    for scene in (RED_CIRCLE, Scene("triangle", "yellow", "blue", "large", "middle")):
+        picture = demo.pictures(
+            prompt=caption(scene), model=model, num_inference_steps=steps, megapixels="0.25", seed=1
+        )[0]
+        assert check(picture, scene).everything, caption(scene)
+
+
+def test_a_mask_repaints_and_an_image_guides(demo: Server) -> None:
+    given = picture_of(RED_CIRCLE, 256, 256)
+    asked = replace(RED_CIRCLE, colour="blue")
+    mask = Image.new("L", (256, 256), 0)
+    mask.paste(255, (64, 64, 192, 192))
+    inputs = {"prompt": caption(asked), "image": data_url(given), "seed": 1, "output_format": "png"}
+    repainted = demo.pictures(**inputs, mask=data_url(mask), prompt_strength=0.95)[0]
+    assert check(repainted, asked).colour
+    kept = np.asarray(mask) == 0
+    assert (np.asarray(repainted)[kept] == np.asarray(given)[kept]).all()
+    guided = demo.pictures(**inputs, prompt_strength=0.3)[0]
+    assert check(guided, RED_CIRCLE).shape
+
+
+def test_it_says_that_it_is_the_demo_model(demo: Server) -> None:
+    logs = demo(prompt="a cat", megapixels="0.25", num_inference_steps=1, model="schnell")["logs"]
+    assert "schnell is the demo model: it draws one plain shape" in logs
