@@ -102,7 +102,6 @@ class _Transfer:
         """All of the file, from its first byte."""
         os.truncate(self.file, 0)
         self.total, self.segments, self.location = None, [], self.remote.url
-        self.over.clear()
         if ranged:
             return retrying(self._ranged_attempt, self.stop, self.pace)
         return retrying(self._plain_attempt, self.stop, self.pace)
@@ -134,16 +133,17 @@ class _Transfer:
         if start != 0 or end != min(self.pace.segment, total) or _length(response) not in (None, end):
             raise _UnrangedError
         self._expect(total)
+        self.over.clear()
         step = self.pace.segment
         self.segments = [_Segment(at, min(at + step, total)) for at in range(0, total, step)]
         self.headers = response.headers
 
     def _plain(self, response: requests.Response) -> Arrived:
         os.truncate(self.file, 0)
-        self.over.clear()
         length = _length(response)
         if length is not None:
             self._expect(length)
+        self.over.clear()
         self.segments, self.headers = [_Segment(0, length)], response.headers
         with ThreadPoolExecutor(1) as pool:
             return self._hash_along([pool.submit(self._read, response, self.segments[0])])
@@ -201,6 +201,8 @@ class _Transfer:
         except HubDownError as error:
             raise RetryError(f"{remote.label}: {error}") from None
         with self.stop.reading(answer) as response:
+            if byte_range and response.status_code == 416:
+                raise _UnrangedError
             check_answer(response, remote)
             self.location = response.url
             yield response
@@ -238,6 +240,7 @@ class _Transfer:
         try:
             for segment in self.segments:
                 while segment.end is None or position < segment.end:
+                    self.stop.check()
                     failed = next((worker for worker in workers if worker.done() and worker.exception()), None)
                     if failed is not None:
                         failed.result()

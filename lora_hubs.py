@@ -130,6 +130,11 @@ def _model_info(source: HuggingFaceRepo, settings: Settings, pace: Pace) -> Mode
         status = error.response.status_code
         if status == 429 or status >= 500:
             raise RetryError(f"{about}: Hugging Face answers {status}, try again later.") from None
+        if status in (401, 403):
+            hint = "the HF_TOKEN that is set does not open it" if settings.hf_token else "set HF_TOKEN"
+            raise LoraError(
+                f"{about} is private or needs an account (Hugging Face answers {status}); {hint}."
+            ) from None
         raise LoraError(f"{about}: Hugging Face answers {status}.") from None
     except (httpx2.HTTPError, OSError):
         raise RetryError(f"{about}: Hugging Face cannot be reached.") from None
