@@ -117,7 +117,7 @@ class _Transfer:
                 rest: SimpleQueue[_Segment] = SimpleQueue()
                 for segment in self.segments[1:]:
                     rest.put(segment)
-                workers = [pool.submit(self._first_segment, response)]
+                workers = [pool.submit(self._first_segment, response, rest)]
                 workers += [pool.submit(self._more_segments, rest) for _ in range(self._helpers())]
                 return self._hash_along(workers)
 
@@ -154,12 +154,13 @@ class _Transfer:
         check_space(self.path, total)
         self.total = total
 
-    def _first_segment(self, response: requests.Response) -> None:
+    def _first_segment(self, response: requests.Response, rest: "SimpleQueue[_Segment]") -> None:
         try:
             self._read(response, self.segments[0])
         except RetryError:
             self.stop.wait(self.pace.pauses[0] if self.pace.pauses else 0.0)
             self._segment(self.segments[0])
+        self._more_segments(rest)
 
     def _more_segments(self, rest: "SimpleQueue[_Segment]") -> None:
         while not self.over.is_set():

@@ -1,6 +1,6 @@
-"""One file at every address, with ranges, by sendfile: python -m bench._file_server FILE [BYTES_A_SECOND]. Prints its port.
+"""One file at every address, with ranges, by sendfile: python -m bench._file_server FILE [BYTES_A_SECOND].
 
-The limit, where there is one, is for each connection.
+It prints its port. The limit, where there is one, is for each connection.
 """
 
 import os
@@ -11,6 +11,7 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 PIECE = 1 << 18
 
@@ -28,15 +29,21 @@ def serve(connection: socket.socket, file: Path, limit: float | None) -> None:
     """Answer one connection's requests until it closes."""
     with connection, file.open("rb") as source, suppress(ConnectionError):
         size, requests = os.fstat(source.fileno()).st_size, connection.makefile("rb")
-        while lines := list(iter(requests.readline, b"\r\n")):
-            if lines[-1] == b"":
-                return
-            wanted = re.search(rb"range: *bytes=(\d+)-(\d+)", b"".join(lines), re.IGNORECASE)
+        while head := read_head(requests):
+            wanted = re.search(rb"range: *bytes=(\d+)-(\d+)", head, re.IGNORECASE)
             start, end = (int(wanted[1]), min(int(wanted[2]) + 1, size)) if wanted else (0, size)
             status = f"206 Partial Content\r\nContent-Range: bytes {start}-{end - 1}/{size}" if wanted else "200 OK"
-            head = f'HTTP/1.1 {status}\r\nContent-Length: {end - start}\r\nETag: "{size}"\r\n\r\n'
-            connection.sendall(head.encode())
+            answer = f'HTTP/1.1 {status}\r\nContent-Length: {end - start}\r\nETag: "{size}"\r\n\r\n'
+            connection.sendall(answer.encode())
             send(connection, source.fileno(), start, end, limit)
+
+
+def read_head(requests: IO[bytes]) -> bytes:
+    """A request's lines; nothing when the connection has ended."""
+    head = b""
+    while (line := requests.readline()) not in (b"", b"\r\n"):
+        head += line
+    return head
 
 
 def send(connection: socket.socket, file: int, start: int, end: int, limit: float | None) -> None:

@@ -15,6 +15,7 @@ import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -450,7 +451,7 @@ def test_a_fault_that_can_be_made_good_is(web: Web, fetch: Callable[..., Fetched
 def test_a_fault_leaves_nothing_behind(web: Web, fetch: Callable[..., FetchedLora], tmp_path: Path, name: str) -> None:
     fault, sentence = FAILING[name]
     web.files["/x.safetensors"], web.fault = LORA, fault
-    pace = Pace(**{**FAST.__dict__, "total": 0.5}) if name == "drip" else FAST
+    pace = replace(FAST, total=0.5) if name == "drip" else FAST
     started = time.monotonic()
     with pytest.raises(LoraError, match=sentence) as caught:
         fetch(f"{web.url}/x.safetensors?sig=secret", pace, LORA_MAX_GB="0.02")
@@ -477,6 +478,11 @@ def test_only_what_is_missing_is_asked_again(web: Web, fetch: Callable[..., Fetc
     ranges = sorted(headers["Range"] for _, headers in web.asked)
     assert "bytes=5000-8191" in ranges
     assert len(ranges) == len(LORA) // 8192 + 2
+
+
+def test_one_connection_is_enough(web: Web, fetch: Callable[..., FetchedLora]) -> None:
+    web.files["/x.safetensors"] = LORA
+    assert fetch(f"{web.url}/x.safetensors", replace(FAST, connections=1)).path.read_bytes() == LORA
 
 
 # Network
