@@ -15,6 +15,7 @@ from checkpoints import find_checkpoints, is_demo
 from device import check_device, choose_device, compute_dtype
 from flux_pipelines import Flux, Job, decode, denoise, encode_picture, encode_prompt, load_flux, steps_to_run
 from images import Inputs, keep_unmasked, read_inputs, save_pictures
+from lora_references import parse_reference
 from phases import Phases
 from safety import BlockedError, load_screener
 from settings import read_settings
@@ -253,7 +254,8 @@ def _usable_seed(seed: int | None, num_outputs: int) -> int:
 
 
 def _refuse_loras(*references: str | None) -> None:
-    if any(references):
+    for reference in filter(None, references):
+        parse_reference(reference)
         raise ValueError("This version cannot load LoRAs yet: leave replicate_weights and extra_lora empty.")
 
 

@@ -31,6 +31,7 @@ class Settings:
     lora_ram_bytes: int
     lora_max_bytes: int
     lora_allow_private_hosts: bool
+    hf_endpoint: str
     civitai_endpoint: str
     replicate_endpoint: str
     safety_model: str | None  # one of SAFETY_MODELS; None: the two-stage one where its weights are at hand
@@ -68,6 +69,7 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         lora_ram_bytes=read("LORA_RAM_GB", _gigabytes, 8 * GB),
         lora_max_bytes=read("LORA_MAX_GB", _gigabytes, 5 * GB),
         lora_allow_private_hosts=read("LORA_ALLOW_PRIVATE_HOSTS", _switch, False),
+        hf_endpoint=read("HF_ENDPOINT", _url, "https://huggingface.co"),
         civitai_endpoint=read("CIVITAI_ENDPOINT", _url, "https://civitai.com"),
         replicate_endpoint=read("REPLICATE_ENDPOINT", _url, "https://replicate.com"),
         safety_model=read("SAFETY_MODEL", _safety_model, None),

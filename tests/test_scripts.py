@@ -83,7 +83,7 @@ def test_predict_fails_with_one_sentence(
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("name", ["bench", "lint", "predict", "schema", "serve", "test"])
+@pytest.mark.parametrize("name", ["bench", "lint", "lora", "predict", "schema", "serve", "test"])
 def test_every_script_has_help(name: str, tmp_path: Path) -> None:
     for option in ("-h", "--help"):
         done = script(name, option, environment=dict(os.environ), folder=tmp_path)

@@ -235,6 +235,7 @@ def bad_inputs() -> dict[str, tuple[dict[str, Any], str]]:
         "more negative seed": ({"seed": -(2**63) - 1}, "seed must be a whole number from"),
         "astronomic seed": ({"seed": 10**40}, "seed must be a whole number from"),
         "lora": ({"replicate_weights": "fofr/flux-pixar-cars"}, "cannot load LoRAs yet"),
+        "no lora": ({"extra_lora": "pixar cars"}, "'pixar cars' does not name a LoRA: use a Replicate model"),
         "extra lora": ({"extra_lora": "fofr/flux-pixar-cars"}, "cannot load LoRAs yet"),
     }
 

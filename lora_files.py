@@ -1,0 +1,135 @@
+"""What arrived, judged before anyone sees it: a tar gives up its one LoRA file, and that is safetensors or nothing."""
+
+import hashlib
+import re
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from safetensors import SafetensorError, safe_open
+
+from lora_network import Stop
+from lora_references import LoraError
+from lora_remote import check_space, too_large
+
+KNOWN_NAMES = ("lora.safetensors", "pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+ADAPTER_KEY = re.compile(r"lora|lokr_|hada_|oft_|dora_scale|\.diff(_b)?$", re.IGNORECASE)
+MOST_MEMBERS = 10_000
+LARGEST_READ = 1 << 20  # tarfile reads a long name or a PAX header in one piece, of whatever size it claims
+BLOCK = 1 << 20
+
+
+def choose_file(names: Sequence[str]) -> str | None:
+    """The one among `names` that is the LoRA: a well-known name, the outermost first, or the only one there is."""
+    for known in KNOWN_NAMES:
+        matches = sorted(
+            (name for name in names if PurePosixPath(name).name == known), key=lambda name: name.count("/")
+        )
+        if len(matches) == 1 or (matches and matches[0].count("/") < matches[1].count("/")):
+            return matches[0]
+    return names[0] if len(names) == 1 else None
+
+
+def is_tar(path: Path) -> bool:
+    """By the magic of POSIX and GNU archives."""
+    with path.open("rb") as file:
+        file.seek(257)
+        return file.read(5) == b"ustar"
+
+
+def extract_lora(archive: Path, into: Path, label: str, most_bytes: int, stop: Stop) -> str:
+    """Copy the LoRA file of a tar to `into`, and nothing else; its SHA-256.
+
+    A member's name is compared and never used as a path; links, devices and sparse files do not count. Raises
+    `LoraError`.
+    """
+    try:
+        with archive.open("rb") as file:
+            members = _regular_members(file, label, stop)
+            name = choose_file(list(members))
+            if name is None:
+                names = ", ".join(sorted(members)[:5])
+                found = f"several .safetensors files ({names})" if members else "no .safetensors file"
+                raise LoraError(f"{label}: the archive holds {found}; it must hold one, or one named {KNOWN_NAMES[0]}.")
+            start, size = members[name]
+            if size > most_bytes:
+                raise too_large(f"{label}: {name}", size, most_bytes)
+            check_space(into, size)
+            file.seek(start)
+            return _copy(file, size, into, stop, label)
+    except LoraError:
+        raise
+    except (tarfile.TarError, ValueError, EOFError, OverflowError) as error:
+        raise LoraError(f"{label}: the archive is damaged ({type(error).__name__}).") from None
+
+
+def check_lora_file(path: Path, label: str) -> None:
+    """Raises `LoraError` unless `path` is a whole safetensors file that looks like a LoRA.
+
+    safetensors itself checks the format (github.com/huggingface/safetensors): a bounded header, known dtypes, shapes
+    and offsets that agree with each other and cover the file without gap or overlap.
+    """
+    try:
+        with safe_open(path, framework="np") as file:
+            keys = list(file.keys())
+    except (SafetensorError, OSError, ValueError) as error:
+        raise LoraError(f"{label} is not a whole safetensors file ({_first_words(error)}).") from None
+    if not keys:
+        raise LoraError(f"{label} is a safetensors file without a single tensor.")
+    if not any(ADAPTER_KEY.search(key) for key in keys):
+        raise LoraError(
+            f"{label} is not a LoRA: none of its {len(keys)} tensors is named like a part of one (the first is "
+            f"{keys[0][:80]!r}); a whole model cannot be used here."
+        )
+
+
+class _Reader:
+    """A file that gives tarfile small pieces only."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.seek, self.tell, self._file = file.seek, file.tell, file
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= LARGEST_READ:
+            raise tarfile.ReadError("a header claims an unreasonable size")
+        return self._file.read(size)
+
+
+def _regular_members(file: IO[bytes], label: str, stop: Stop) -> dict[str, tuple[int, int]]:
+    """Where each .safetensors member's bytes are: name -> (start, size)."""
+    found = {}
+    with tarfile.open(fileobj=_Reader(file), mode="r:") as archive:  # type: ignore[call-overload]
+        for count, member in enumerate(archive):
+            stop.check()
+            if count >= MOST_MEMBERS:
+                raise LoraError(f"{label}: the archive holds more than {MOST_MEMBERS} files.")
+            if (
+                member.isreg()
+                and not member.issparse()
+                and member.size >= 0
+                and member.name.lower().endswith(".safetensors")
+            ):
+                found[member.name] = (member.offset_data, member.size)
+    return found
+
+
+def _copy(file: IO[bytes], size: int, into: Path, stop: Stop, label: str) -> str:
+    digest = hashlib.sha256()
+    try:
+        with into.open("wb") as output:
+            while size:
+                stop.check()
+                block = file.read(min(size, BLOCK))
+                if not block:
+                    raise tarfile.ReadError
+                digest.update(block)
+                output.write(block)
+                size -= len(block)
+    except OSError as error:
+        raise LoraError(f"{label} cannot be written into LORA_CACHE_DIR: {error.strerror}.") from None
+    return digest.hexdigest()
+
+
+def _first_words(error: Exception) -> str:
+    return re.sub(r"\s+", " ", str(error)).strip().removeprefix("Error while deserializing header: ")[:100]

@@ -1,0 +1,220 @@
+"""A reference to a LoRA becomes a verified file on this disk: asked for, fetched, checked and kept.
+
+    with in_use(fetch_lora("fofr/flux-pixar-cars", settings)) as path: ...
+
+The work is done by threads that hold the locks and the half-finished files; the caller's thread only waits for them, in
+short steps, so that Cog's cancelling, which can raise at any line of it, leaves nothing behind.
+"""
+
+import base64
+import binascii
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass, replace
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Thread
+from typing import Literal, TypeVar
+
+from lora_cache import LoraCache, Record
+from lora_downloads import download
+from lora_files import check_lora_file, extract_lora, is_tar
+from lora_hubs import civitai_remote, hugging_face_remote, replicate_remote
+from lora_network import MB, HubDownError, Pace, Stop, open_session
+from lora_references import (
+    CivitaiModel,
+    DataUri,
+    HuggingFaceRepo,
+    LoraError,
+    ReplicateModel,
+    Source,
+    parse_reference,
+)
+from lora_remote import Arrived, Remote, check_space, too_large
+from settings import Settings
+
+log = logging.getLogger("flux-lora")
+
+POLL_SECONDS = 0.05  # Cog's cancelling is heard between two waits
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class FetchedLora:
+    """A LoRA on disk. Its path stays good while it is `in_use`."""
+
+    path: Path
+    cache: Literal["disk", "download"]  # where it came from this time
+    name: str  # for people
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _Fetch:
+    """What one fetch works with."""
+
+    source: Source
+    settings: Settings
+    pace: Pace
+    cache: LoraCache
+    stop: Stop
+
+
+def fetch_lora(reference: str, settings: Settings, pace: Pace = Pace()) -> FetchedLora:  # noqa: B008 - it is frozen
+    """The file that `reference` names, from the cache where that is as good as asking.
+
+    Raises `LoraError`, one sentence for the person who asked.
+    """
+    source = parse_reference(reference)
+    cache = LoraCache(settings.lora_cache_dir, settings.lora_cache_bytes)
+    if source.immutable and (record := cache.find(_key(source))):
+        return _fetched(cache, record, source, "disk")
+    cache.prepare()
+    return _interruptible(lambda stop: _fetch(_Fetch(source, settings, pace, cache, stop)), source.label, pace)
+
+
+@contextmanager
+def in_use(lora: FetchedLora) -> Iterator[Path]:
+    """The LoRA's path, which no process puts out of the cache meanwhile. Raises `LoraError` when it is gone already."""
+    cache = LoraCache(lora.path.parent.parent, 0)
+    with cache.hold(lora.sha256) as path:
+        yield path
+
+
+def _interruptible(work: Callable[[Stop], T], label: str, pace: Pace) -> T:
+    """What `work` returns on a thread of its own, which is told to stop when this one is interrupted or time is up."""
+    stop = Stop()
+    done: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()
+
+    def run() -> None:
+        try:
+            done.put((work(stop), None))
+        except BaseException as error:  # noqa: BLE001 - raised again below
+            done.put((None, error))
+
+    deadline = time.monotonic() + pace.total
+    try:
+        Thread(target=run, name="lora", daemon=True).start()
+        while True:
+            try:
+                result, error = done.get(timeout=POLL_SECONDS)
+                break
+            except Empty:
+                if time.monotonic() > deadline:
+                    raise HubDownError(f"{label} did not arrive within {pace.total:g} seconds.") from None
+    finally:
+        stop.set()
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value] # there is one where there is no error
+
+
+def _fetch(fetch: _Fetch) -> FetchedLora:
+    source, cache, key = fetch.source, fetch.cache, _key(fetch.source)
+    try:
+        with cache.lock(key, fetch.stop):
+            known = cache.find(key)
+            if known and source.immutable:  # another process has fetched it meanwhile
+                return _fetched(cache, known, source, "disk")
+            try:
+                return _ask(fetch, known)
+            except HubDownError as error:
+                if known is None:
+                    raise
+                log.warning("%s The copy in the LoRA cache is used.", error)
+                return _fetched(cache, known, source, "disk")
+            finally:
+                for kind in ("download", "member"):
+                    cache.part(key, kind).unlink(missing_ok=True)
+    except OSError as error:
+        raise LoraError(f"LORA_CACHE_DIR is {cache.folder}, which cannot be used: {error.strerror}.") from None
+
+
+def _ask(fetch: _Fetch, known: Record | None) -> FetchedLora:
+    """Ask the source which file it is now, and fetch that unless it is here."""
+    source, settings, cache, stop, pace = fetch.source, fetch.settings, fetch.cache, fetch.stop, fetch.pace
+    key, started = _key(source), time.monotonic()
+    part = cache.part(key, "download")
+    if isinstance(source, DataUri):
+        return _keep(fetch, _decode(source, part, settings.lora_max_bytes), key)
+    with open_session(settings.lora_allow_private_hosts, _endpoint(source, settings), pace.connections) as session:
+        if isinstance(source, ReplicateModel):
+            remote = replicate_remote(source, settings, session, stop, pace)
+        elif isinstance(source, HuggingFaceRepo):
+            remote = hugging_face_remote(source, settings, stop, pace)
+        elif isinstance(source, CivitaiModel):
+            remote = civitai_remote(source, settings, session, stop, pace)
+        else:
+            remote = Remote(source.label, source.url, headers=_if_changed(known))
+        keys = [key, _key(remote.identity)] if remote.identity else [key]
+        if len(keys) == 2 and (same := cache.find(keys[1])):
+            cache.link(key, same)
+            return _fetched(cache, same, source, "disk")
+        log.info("%s: fetching", source.label)
+        arrived = download(session, remote, part, settings.lora_max_bytes, stop, pace)
+    if arrived is None and known is not None:
+        return _fetched(cache, known, source, "disk")
+    if arrived is None:
+        raise LoraError(f"{source.label}: the server says that nothing has changed, but there is nothing yet.")
+    fetched = _keep(fetch, arrived, *keys)
+    seconds = time.monotonic() - started
+    log.info("%s: fetched %.1f MB in %.1f s", source.label, fetched.path.stat().st_size / MB, seconds)
+    return fetched
+
+
+def _keep(fetch: _Fetch, arrived: Arrived, *keys: str) -> FetchedLora:
+    """What arrived, unpacked and checked, into the cache."""
+    label, cache = fetch.source.label, fetch.cache
+    part = cache.part(keys[0], "download")
+    if is_tar(part):
+        member = cache.part(keys[0], "member")
+        sha256 = extract_lora(part, member, label, fetch.settings.lora_max_bytes, fetch.stop)
+        part, arrived = member, replace(arrived, sha256=sha256)
+    check_lora_file(part, label)
+    fetch.stop.check()
+    return _fetched(cache, cache.add(part, arrived, *keys), fetch.source, "download")
+
+
+def _decode(source: DataUri, part: Path, most_bytes: int) -> Arrived:
+    size = len(source.encoded) * 3 // 4
+    if size > most_bytes:
+        raise too_large(source.label, size, most_bytes)
+    try:
+        content = base64.b64decode(source.encoded, validate=True)
+    except (binascii.Error, ValueError):
+        raise LoraError("The data: URI is not base64.") from None
+    check_space(part, len(content))
+    part.write_bytes(content)
+    return Arrived(hashlib.sha256(content).hexdigest())
+
+
+def _if_changed(known: Record | None) -> dict[str, str]:
+    """RFC 9110, 13.1: a server that would send the same again answers 304 instead."""
+    if known is None:
+        return {}
+    headers = {"If-None-Match": known.etag, "If-Modified-Since": known.last_modified}
+    return {name: value for name, value in headers.items() if value}
+
+
+def _endpoint(source: Source, settings: Settings) -> str | None:
+    """The address that the operator trusts for this source; it may be a private one."""
+    if isinstance(source, ReplicateModel):
+        return settings.replicate_endpoint
+    if isinstance(source, CivitaiModel):
+        return settings.civitai_endpoint
+    return settings.hf_endpoint if isinstance(source, HuggingFaceRepo) else None
+
+
+def _key(source: Source) -> str:
+    """A hash, so that nothing of an address can be read off the cache. A token in it makes it another file's, since
+    others may not be allowed to read that."""
+    if isinstance(source, CivitaiModel) and source.version is not None:
+        source = replace(source, model=None)
+    return hashlib.sha256(repr((type(source).__name__, astuple(source))).encode()).hexdigest()
+
+
+def _fetched(cache: LoraCache, record: Record, source: Source, origin: Literal["disk", "download"]) -> FetchedLora:
+    return FetchedLora(cache.path(record.sha256), origin, source.label, record.sha256)

@@ -1,0 +1,729 @@
+"""From what a person pastes to a whole file on disk: every form, every hub, every fault, and nothing half done."""
+
+import base64
+import ctypes
+import hashlib
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora_files import choose_file
+from lora_network import Pace, is_public
+from lora_references import (
+    CivitaiModel,
+    DataUri,
+    HuggingFaceRepo,
+    LoraError,
+    ReplicateModel,
+    Source,
+    WebFile,
+    parse_reference,
+)
+from lora_sources import FetchedLora, fetch_lora, in_use
+from settings import Settings, read_settings
+from tests.web import COMMIT, Fault, Web, lora_file, serve, tar_file, trained
+from tools.cog_schema import ROOT
+
+FAST = Pace(
+    connect=1, idle=0.3, total=4, pauses=(0.01, 0.01), longest_pause=1.5, segment=8192, connections=4, report=0.05
+)
+VERSION = "ab" * 32
+LORA = lora_file()
+
+
+@pytest.fixture
+def web() -> Iterator[Web]:
+    with serve(Web()) as web:
+        yield web
+
+
+@pytest.fixture
+def fetch(web: Web, tmp_path: Path) -> Callable[..., FetchedLora]:
+    def fetch(reference: str, pace: Pace = FAST, **environment: str) -> FetchedLora:
+        fetched = fetch_lora(reference, settings(web, tmp_path, **environment), pace)
+        check_cache(tmp_path)
+        return fetched
+
+    return fetch
+
+
+def variables(web: Web, cache: Path, **environment: str) -> dict[str, str]:
+    endpoints = {f"{hub}_ENDPOINT": web.url for hub in ("HF", "CIVITAI", "REPLICATE")}
+    return endpoints | {"LORA_CACHE_DIR": str(cache), "LORA_ALLOW_PRIVATE_HOSTS": "1"} | environment
+
+
+def settings(web: Web, cache: Path, **environment: str) -> Settings:
+    return read_settings(variables(web, cache, **environment))
+
+
+def check_cache(cache: Path, secret: str = "secret") -> None:
+    """Only whole files, each what its name says, nothing half done, nobody's lock, no secret."""
+    for file in cache.glob("files/*"):
+        assert hashlib.sha256(file.read_bytes()).hexdigest() == file.stem
+    assert not list(cache.glob("parts/*"))
+    for file in [*cache.glob("locks/*"), *cache.glob("holds/*")]:
+        lock = FileLock(file)
+        lock.acquire(timeout=1)
+        lock.release()
+    for file in cache.rglob("*"):
+        assert secret not in str(file)
+        assert not (file.suffix == ".json" and secret in file.read_text())
+
+
+# References
+
+
+@pytest.mark.parametrize(
+    ("text", "source"),
+    [
+        ("fofr/flux-pixar-cars", ReplicateModel("fofr", "flux-pixar-cars")),
+        ("  Fofr/Flux-Pixar-Cars/ ", ReplicateModel("fofr", "flux-pixar-cars")),
+        (f"fofr/flux-pixar-cars/{VERSION}", ReplicateModel("fofr", "flux-pixar-cars", VERSION)),
+        (f"fofr/flux-pixar-cars:{VERSION}", ReplicateModel("fofr", "flux-pixar-cars", VERSION)),
+        ("https://replicate.com/fofr/flux-pixar-cars?x=1#a", ReplicateModel("fofr", "flux-pixar-cars")),
+        (f"replicate.com/fofr/x/versions/{VERSION}/", ReplicateModel("fofr", "x", VERSION)),
+        ("https://replicate.com/fofr/x/_weights", ReplicateModel("fofr", "x")),
+        ("huggingface.co/XLabs-AI/flux-lora", HuggingFaceRepo("XLabs-AI/flux-lora")),
+        ("HTTPS://WWW.HuggingFace.CO/XLabs-AI/flux-lora/", HuggingFaceRepo("XLabs-AI/flux-lora")),
+        ("hf.co/a/b/tree/v2", HuggingFaceRepo("a/b", "v2")),
+        ("huggingface.co/a/b/c d.safetensors", None),
+        ("huggingface.co/a/b/c%20d.safetensors", HuggingFaceRepo("a/b", None, "c d.safetensors")),
+        ("http://huggingface.co/a/b/x/y.safetensors", HuggingFaceRepo("a/b", None, "x/y.safetensors")),
+        (
+            "https://huggingface.co/a/b/resolve/refs%2Fpr%2F1/x/y.safetensors?download=true",
+            HuggingFaceRepo("a/b", "refs/pr/1", "x/y.safetensors"),
+        ),
+        (f"https://huggingface.co/a/b/blob/{COMMIT}/y.safetensors", HuggingFaceRepo("a/b", COMMIT, "y.safetensors")),
+        ("civitai.com/models/123", CivitaiModel(123)),
+        ("https://www.civitai.com/models/123/some-name/?modelVersionId=456#top", CivitaiModel(123, 456)),
+        ("https://civitai.com/api/download/models/456?type=Model&token=s3", CivitaiModel(None, 456, "s3")),
+        ("https://replicate.delivery/xezq/abc/trained_model.tar", WebFile("https://replicate.delivery/xezq/abc/trained_model.tar")),
+        ("HTTP://Example.com/A.safetensors?sig=1#x", WebFile("http://example.com/A.safetensors?sig=1")),
+        ("example.com/a.safetensors", WebFile("https://example.com/a.safetensors")),
+        ("data:application/octet-stream;base64,AAAA", DataUri("AAAA")),
+    ],
+)  # fmt: skip
+def test_every_form_has_its_source(text: str, source: Source | None) -> None:
+    if source is None:
+        with pytest.raises(LoraError):
+            parse_reference(text)
+    else:
+        assert parse_reference(text) == source
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "flux",
+        "a/b/c/d",
+        "../../etc/passwd",
+        "/etc/passwd",
+        "file:///etc/x.safetensors",
+        "ftp://example.com/x.safetensors",
+        "https://example.com/x.ckpt",
+        "https://example.com/x.tar",
+        "https://u:hush@example.com/x.safetensors",
+        "https://example.com:99999/x.safetensors",
+        "https://[::1/x.safetensors",
+        "huggingface.co/a",
+        "huggingface.co/datasets/a/b.safetensors",
+        "huggingface.co/a/b/resolve/main/../x.safetensors",
+        "civitai.com/models/abc",
+        "civitai.com/models/1?modelVersionId=x&token=hush",
+        "C:\\loras\\x.safetensors",
+        "a/b\n.safetensors",
+        "x" * 10_000,
+    ],
+)
+def test_anything_else_shows_the_accepted_forms(text: str) -> None:
+    with pytest.raises(LoraError, match=r"does not name a LoRA: use a Replicate model <owner>/<name>") as caught:
+        parse_reference(text)
+    assert "hush" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+@given(st.text() | st.from_regex(r"(https?://|data:)?(www\.)?[a-z.]*(/[\w.%@:?#-]*)*"))
+def test_any_text_is_a_source_or_one_sentence(text: str) -> None:
+    source = sentence = None
+    try:
+        source = parse_reference(text)
+    except LoraError as error:
+        sentence = str(error)
+    if source is None:
+        assert re.fullmatch(r".+\.", sentence or "")
+    else:
+        assert source.label
+        assert parse_reference(f" {text} ") == source
+
+
+# Hubs
+
+
+def hubs(web: Web) -> dict[str, str]:
+    """A reference of every kind; all of them lead to the same file."""
+    web.replicate("fofr/cars", trained(LORA), VERSION)
+    web.hugging_face("acme/lora", {"README.md": b"hello", "x.safetensors": LORA})
+    web.civitai(7, {70: ("SDXL 1.0", lora_file(1)), 71: ("Flux.1 D", LORA), 72: ("Pony", lora_file(2))})
+    web.files["/x.safetensors"] = LORA
+    web.files["/x.tar.safetensors"] = trained(LORA)
+    return {
+        "replicate": "fofr/cars",
+        "replicate version": f"fofr/cars/{VERSION}",
+        "hugging face": "huggingface.co/acme/lora",
+        "hugging face commit": f"https://huggingface.co/acme/lora/resolve/{COMMIT}/x.safetensors",
+        "civitai": "https://civitai.com/models/7/name",
+        "civitai version": "civitai.com/models/7?modelVersionId=71",
+        "civitai version as page": "civitai.com/models/71",
+        "url": f"{web.url}/x.safetensors?sig=secret",
+        "url of a tar": f"{web.url}/x.tar.safetensors",
+        "data": f"data:;base64,{base64.b64encode(LORA).decode()}",
+        "data tar": f"data:application/x-tar;base64,{base64.b64encode(trained(LORA)).decode()}",
+    }
+
+
+NAMES = list(hubs(Web()))
+IMMUTABLE = [name for name in NAMES if "version" in name or "commit" in name or "data" in name]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_reference_is_fetched_once(web: Web, fetch: Callable[..., FetchedLora], name: str) -> None:
+    reference = hubs(web)[name]
+    first = fetch(reference)
+    assert first.path.read_bytes() == LORA
+    assert first.cache == "download"
+    fetched = web.downloads()
+    second = fetch(reference)
+    assert (second.path, second.cache) == (first.path, "disk")
+    assert web.downloads() == fetched or name.startswith("url")  # an address is asked whether it has changed
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_cache_serves_when_the_hub_is_down(
+    web: Web, fetch: Callable[..., FetchedLora], name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    reference = hubs(web)[name]
+    first = fetch(reference)
+    web.failing = 503
+    web.asked.clear()
+    with caplog.at_level(logging.WARNING, "flux-lora"):
+        assert fetch(reference).path == first.path
+    if name in IMMUTABLE and name != "civitai version as page":
+        assert not web.asked
+    else:
+        assert "The copy in the LoRA cache is used." in caplog.text
+        assert "secret" not in caplog.text
+
+
+def test_the_newest_version_is_asked_for(web: Web, fetch: Callable[..., FetchedLora]) -> None:
+    references = hubs(web)
+    for name in ("replicate", "hugging face", "civitai", "url"):
+        fetch(references[name])
+    newer = lora_file(9)
+    web.replicate("fofr/cars", trained(newer))
+    web.hugging_face("acme/lora", {"x.safetensors": newer}, commit="ab" * 20)
+    web.civitai(7, {71: ("Flux.1 D", LORA), 73: ("Flux.1 S", newer)})
+    web.files["/x.safetensors"] = newer
+    for name in ("replicate", "hugging face", "civitai", "url"):
+        assert fetch(references[name]).path.read_bytes() == newer, name
+
+
+def test_an_unchanged_file_is_not_sent_again(web: Web, fetch: Callable[..., FetchedLora]) -> None:
+    web.files["/x.safetensors"] = LORA
+    for expected in ("download", "disk", "disk"):
+        assert fetch(f"{web.url}/x.safetensors").cache == expected
+    web.validators = False
+    assert fetch(f"{web.url}/x.safetensors").cache == "download"
+
+
+def test_tokens_open_what_is_private_and_stay_with_their_hub(
+    web: Web, fetch: Callable[..., FetchedLora], caplog: pytest.LogCaptureFixture
+) -> None:
+    references = hubs(web)
+    tokens = {"HF_TOKEN": "hf_secret", "CIVITAI_API_TOKEN": "c_secret", "REPLICATE_API_TOKEN": "r_secret"}
+    web.tokens = {"/acme/": "hf_secret", "/api/models": "hf_secret", "/api/": "c_secret", "/fofr/": "r_secret"}
+    with serve(Web(files=web.files)) as elsewhere, caplog.at_level(logging.INFO):
+        web.redirects |= {
+            f"/acme/lora/resolve/{COMMIT}/x.safetensors": f"{elsewhere.url}/x.safetensors",
+            "/api/download/models/71": f"{elsewhere.url}/x.safetensors",
+            "/fofr/cars/_weights": f"{elsewhere.url}/x.safetensors",
+        }
+        for name, variable in (
+            ("hugging face", "HF_TOKEN"),
+            ("civitai", "CIVITAI_API_TOKEN"),
+            ("replicate", "REPLICATE_API_TOKEN"),
+        ):
+            with pytest.raises(LoraError, match=variable) as caught:
+                fetch(references[name], **{variable: "wrong-secret"})
+            assert "secret" not in str(caught.value)
+            assert fetch(references[name], **tokens).path.read_bytes() == LORA
+        assert elsewhere.asked
+        assert not any("Authorization" in headers for _, headers in elsewhere.asked)
+    assert "secret" not in caplog.text
+
+
+def test_a_token_in_a_pasted_address_opens_for_that_address_alone(
+    web: Web, fetch: Callable[..., FetchedLora], caplog: pytest.LogCaptureFixture
+) -> None:
+    hubs(web)
+    web.tokens = {"/api/": "my-secret"}
+    with caplog.at_level(logging.INFO):
+        assert fetch("https://civitai.com/api/download/models/71?token=my-secret").cache == "download"
+    with pytest.raises(LoraError, match="CIVITAI_API_TOKEN"):
+        fetch("https://civitai.com/api/download/models/71")
+    assert "secret" not in caplog.text
+    assert all("secret" not in str(path) for path, _ in web.asked)
+
+
+WEIGHTS = b"\x02\0\0\0\0\0\0\0{}"
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        ({"a.safetensors": b"a", "lora.safetensors": LORA}, True),
+        ({"checkpoint-1/lora.safetensors": b"a", "lora.safetensors": LORA}, True),
+        ({"model_index.json": b"", "pytorch_lora_weights.safetensors": LORA}, True),
+        ({"a.safetensors": b"a", "b.safetensors": b"b"}, r"holds a.safetensors, b.safetensors; name one, as in hugg"),
+        ({"a.bin": b"a"}, r"holds no \.safetensors file"),
+        ({"model_index.json": b"", "a.safetensors": LORA}, "is a whole model"),
+        ({"a.safetensors.index.json": b"", "a-1.safetensors": b"", "a-2.safetensors": b""}, "is a whole model"),
+        ({"a.safetensors": lora_file(name="base")}, "is not a LoRA: none of its 1 tensors"),
+        ({"a.safetensors": lora_file(columns=100_000)}, r"has 0\.0016 GB; LORA_MAX_GB allows 0\.001 GB"),
+        ({"a.safetensors": WEIGHTS}, "without a single tensor"),
+    ],
+)
+def test_a_repo_gives_its_lora_or_says_what_it_holds(
+    web: Web, fetch: Callable[..., FetchedLora], files: dict[str, bytes], found: bool | str
+) -> None:
+    web.hugging_face("acme/lora", files)
+    if isinstance(found, bool):
+        assert fetch("huggingface.co/acme/lora").path.read_bytes() == LORA
+    else:
+        with pytest.raises(LoraError, match=found):
+            fetch("huggingface.co/acme/lora", LORA_MAX_GB="0.001")
+
+
+def test_hugging_face_says_why(web: Web, fetch: Callable[..., FetchedLora]) -> None:
+    references = hubs(web)
+    with pytest.raises(LoraError, match="no such repo, or it is private and HF_TOKEN is needed"):
+        fetch("huggingface.co/acme/nothing")
+    with pytest.raises(LoraError, match=r"y\.safetensors does not exist: the repo holds x\.safetensors"):
+        fetch("huggingface.co/acme/lora/y.safetensors")
+    file = f"/acme/lora/resolve/{COMMIT}/x.safetensors"
+    web.tokens, web.gated = {file: "hf_secret"}, {file}
+    with pytest.raises(LoraError, match="is gated: accept its licence on its page and set HF_TOKEN"):
+        fetch(references["hugging face"])
+
+
+def test_civitai_says_why(web: Web, fetch: Callable[..., FetchedLora]) -> None:
+    hubs(web)
+    web.civitai(8, {80: ("SDXL 1.0", LORA), 81: ("Pony", LORA)})
+    web.civitai(9, {90: ("Flux.1 D", LORA)}, kind="Checkpoint")
+    for reference, sentence in {
+        "civitai.com/models/8": "civitai.com/models/8 is for SDXL 1.0, Pony, not for FLUX.1.",
+        "civitai.com/models/7?modelVersionId=72": "civitai.com/models/7 version 72 is for Pony, not for FLUX.1.",
+        "civitai.com/models/9": "civitai.com/models/9 is no LoRA: CivitAI lists it as Checkpoint.",
+    }.items():
+        with pytest.raises(LoraError) as caught:
+            fetch(reference)
+        assert str(caught.value) == sentence
+    with pytest.raises(LoraError, match=r"civitai.com/models/5 does not exist .* set CIVITAI_API_TOKEN"):
+        fetch("civitai.com/models/5")
+
+
+def test_a_hash_that_differs_is_refused(web: Web, fetch: Callable[..., FetchedLora]) -> None:
+    reference = hubs(web)["civitai"]
+    web.files["/api/download/models/71"] = lora_file(5)
+    with pytest.raises(LoraError, match="its SHA-256 is another"):
+        fetch(reference)
+    web.files["/api/download/models/71"] = LORA
+    assert fetch(reference).path.read_bytes() == LORA
+
+
+# Archives
+
+
+def special(kind: bytes, name: str, size: int = 0) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname, info.size = kind, "/etc/passwd", size
+    return info
+
+
+@pytest.mark.parametrize(
+    ("archive", "found"),
+    [
+        (tar_file({"../../../tmp/evil.safetensors": LORA}), True),
+        (tar_file({"x.safetensors": LORA}, special(tarfile.SYMTYPE, "lora.safetensors")), True),
+        (tar_file({"x.safetensors": LORA}, special(tarfile.LNKTYPE, "lora.safetensors")), True),
+        (tar_file({"x.safetensors": LORA}, special(tarfile.CHRTYPE, "lora.safetensors")), True),
+        (tar_file({"x.txt": LORA}), "the archive holds no .safetensors file"),
+        (tar_file({"x.safetensors": LORA, "y.safetensors": LORA}), "the archive holds several .safetensors files"),
+        (trained(LORA)[:3000], "is damaged"),
+        (tar_file({"x.safetensors": LORA})[:30_000], "is damaged"),
+        (tar_file({}, special(tarfile.REGTYPE, "x.safetensors", 10**13)), "is damaged"),
+        (tar_file({}, special(tarfile.GNUTYPE_LONGNAME, "x", 10**10)), "is damaged"),
+        (tar_file({f"{i}.txt": b"" for i in range(10_001)}), "more than 10000 files"),
+        (trained(b"PK\3\4" * 100), "is not a whole safetensors file"),
+    ],
+)
+def test_an_archive_gives_one_file_and_nothing_else(
+    web: Web, fetch: Callable[..., FetchedLora], tmp_path: Path, archive: bytes, found: bool | str
+) -> None:
+    web.replicate("fofr/cars", archive)
+    if isinstance(found, bool):
+        assert fetch("fofr/cars").path.read_bytes() == LORA
+    else:
+        with pytest.raises(LoraError, match=found):
+            fetch("fofr/cars", Pace())
+    check_cache(tmp_path)
+    assert {file.suffix for file in tmp_path.rglob("*") if file.is_file()} <= {".lock", ".json", ".safetensors"}
+
+
+def test_of_many_files_a_known_name_wins() -> None:
+    assert choose_file(["b/lora.safetensors", "lora.safetensors", "x.safetensors"]) == "lora.safetensors"
+    assert choose_file(["a/lora.safetensors", "b/lora.safetensors"]) is None
+    assert choose_file([]) is None
+
+
+# Faults
+
+PASSING = {
+    **{f"cut after {n}": Fault(cut_after=n) for n in (0, 1, 8, 4095, 8191, 8192, 20_000, len(LORA) - 1)},
+    **{f"cut after {n}, no ranges": Fault(2, cut_after=n, ranges="ignored") for n in (0, 9, len(LORA) - 1)},
+    "every second segment cut": Fault(3, cut_after=5000),
+    "ranges ignored": Fault(99, ranges="ignored"),
+    "ranges shifted": Fault(99, ranges="shifted"),
+    "ranges short": Fault(99, ranges="short"),
+    "ranges undeclared": Fault(99, ranges="undeclared"),
+    "ranges refused": Fault(status=416),
+    "429": Fault(status=429, headers={"Retry-After": "1"}),
+    "500": Fault(2, status=500),
+}
+FAILING = {
+    "always cut": (Fault(99, cut_after=3), "broke off on its way from 127.0.0.1"),
+    "too short": (Fault(99, headers={"Content-Length": "50000"}, ranges="ignored"), "broke off"),
+    "too long": (Fault(99, headers={"Content-Length": "30000"}, ranges="ignored"), "not a whole safetensors file"),
+    "401": (Fault(99, status=401), "private or needs an account"),
+    "403": (Fault(99, status=403), "private or needs an account"),
+    "404": (Fault(99, status=404), "does not exist"),
+    "429 for an hour": (Fault(99, status=429, headers={"Retry-After": "3600"}), "asks to wait 3600 seconds"),
+    "500 for good": (Fault(99, status=500), "answers 500, try again later"),
+    "drip": (Fault(99, drip=0.01), "did not arrive within 0.5 seconds"),
+    "silence": (Fault(99, wait=threading.Event()), "no answer in time|did not arrive within"),
+    "endless": (Fault(99, endless=True, ranges="ignored"), "does not end in time; LORA_MAX_GB allows 0.02 GB"),
+    "declared too large": (
+        Fault(99, headers={"Content-Length": "99999999999"}, ranges="ignored"),
+        "has 100 GB; LORA_MAX_GB allows 0.02 GB",
+    ),
+    "html": (Fault(99, body=b"<html>", headers={"Content-Type": "text/html; charset=utf-8"}), "sent a web page"),
+    "junk": (Fault(99, body=b"<html><body>" * 99), "not a whole safetensors file"),
+    "cut file": (Fault(99, body=LORA[:-4]), "not a whole safetensors file"),
+    "empty": (Fault(99, body=b""), "not a whole safetensors file"),
+    "gzip": (Fault(99, body=b"\x1f\x8b", headers={"Content-Encoding": "gzip"}), "sent the file compressed"),
+}
+
+
+@pytest.mark.parametrize("name", PASSING)
+def test_a_fault_that_can_be_made_good_is(web: Web, fetch: Callable[..., FetchedLora], name: str) -> None:
+    web.files["/x.safetensors"], web.fault = LORA, PASSING[name]
+    assert fetch(f"{web.url}/x.safetensors").path.read_bytes() == LORA
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_a_fault_leaves_nothing_behind(web: Web, fetch: Callable[..., FetchedLora], tmp_path: Path, name: str) -> None:
+    fault, sentence = FAILING[name]
+    web.files["/x.safetensors"], web.fault = LORA, fault
+    pace = replace(FAST, total=0.5) if name == "drip" else FAST
+    started = time.monotonic()
+    with pytest.raises(LoraError, match=sentence) as caught:
+        fetch(f"{web.url}/x.safetensors?sig=secret", pace, LORA_MAX_GB="0.02")
+    assert time.monotonic() - started < 3
+    assert re.fullmatch(r"[^\n]+\.", str(caught.value))
+    assert "secret" not in str(caught.value)
+    wait_until(lambda: not list(tmp_path.glob("parts/*")))
+    check_cache(tmp_path)
+    assert not list(tmp_path.glob("files/*"))
+    web.fault = None
+    assert fetch(f"{web.url}/x.safetensors?sig=secret").path.read_bytes() == LORA
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 3.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_only_what_is_missing_is_asked_again(web: Web, fetch: Callable[..., FetchedLora]) -> None:
+    web.files["/x.safetensors"], web.fault = LORA, Fault(cut_after=5000)
+    fetch(f"{web.url}/x.safetensors")
+    ranges = sorted(headers["Range"] for _, headers in web.asked)
+    assert "bytes=5000-8191" in ranges
+    assert len(ranges) == len(LORA) // 8192 + 2
+
+
+def test_one_connection_is_enough(web: Web, fetch: Callable[..., FetchedLora]) -> None:
+    web.files["/x.safetensors"] = LORA
+    assert fetch(f"{web.url}/x.safetensors", replace(FAST, connections=1)).path.read_bytes() == LORA
+
+
+# Network
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        ("8.8.8.8", True),
+        ("2606:4700::1111", True),
+        ("64:ff9b::808:808", True),
+        *[(address, False) for address in ("127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254")],
+        *[(address, False) for address in ("0.0.0.0", "100.64.0.1", "224.0.0.1", "255.255.255.255", "198.18.0.1")],
+        *[(address, False) for address in ("::1", "::", "fe80::1%eth0", "fc00::1", "fec0::1", "ff02::1")],
+        *[(address, False) for address in ("::ffff:127.0.0.1", "64:ff9b::a9fe:a9fe", "2002:7f00:1::")],
+    ],
+)
+def test_public_addresses_are_told_apart(address: str, public: bool) -> None:
+    assert is_public(address) is public
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]", "2130706433", "0x7f.1", "[::ffff:127.0.0.1]"])
+def test_a_private_host_is_refused(web: Web, fetch: Callable[..., FetchedLora], host: str) -> None:
+    port = web.url.rpartition(":")[2]
+    with pytest.raises(LoraError, match="is on a private network, which is refused"):
+        fetch(f"http://{host}:{port}/x.safetensors", LORA_ALLOW_PRIVATE_HOSTS="0")
+    assert not web.asked
+
+
+def test_a_redirect_into_the_private_network_is_refused(web: Web, fetch: Callable[..., FetchedLora]) -> None:
+    """The hub itself is the operator's choice; where it leads to is not."""
+    web.hugging_face("acme/lora", {"x.safetensors": LORA})
+    assert fetch("huggingface.co/acme/lora", LORA_ALLOW_PRIVATE_HOSTS="0").path.read_bytes() == LORA
+    with serve(Web(files={"/x": LORA})) as inner:
+        web.redirects["/fofr/cars/_weights"] = f"{inner.url}/x"
+        with pytest.raises(LoraError, match="is on a private network"):
+            fetch("fofr/cars", LORA_ALLOW_PRIVATE_HOSTS="0")
+        assert not inner.asked
+
+
+def test_a_name_is_resolved_once_and_every_address_counts(
+    web: Web, fetch: Callable[..., FetchedLora], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DNS that answers with a public address first and a private one next gains nothing."""
+    answers = [["203.0.113.1", "127.0.0.1"], ["127.0.0.1"]]
+
+    def rebinding(host: str, port: int, *_: Any, **__: Any) -> list[Any]:
+        addresses = answers.pop(0) if host == "rebind.test" else [host]
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in addresses]
+
+    monkeypatch.setattr(socket, "getaddrinfo", rebinding)
+    port = web.url.rpartition(":")[2]
+    for _ in range(2):
+        with pytest.raises(LoraError, match=r"rebind\.test is on a private network"):
+            fetch(f"http://rebind.test:{port}/x.safetensors", LORA_ALLOW_PRIVATE_HOSTS="0")
+    assert not web.asked
+
+
+def test_redirects_end(web: Web, fetch: Callable[..., FetchedLora]) -> None:
+    web.redirects = {f"/{i}.safetensors": f"/{i + 1}.safetensors" for i in range(9)}
+    web.files["/9.safetensors"] = LORA
+    assert fetch(f"{web.url}/4.safetensors").path.read_bytes() == LORA
+    with pytest.raises(LoraError, match="more than 5 redirects"):
+        fetch(f"{web.url}/3.safetensors")
+    web.redirects["/f.safetensors"] = "file:///etc/passwd"
+    with pytest.raises(LoraError, match="other means than http"):
+        fetch(f"{web.url}/f.safetensors")
+
+
+def test_proxies_of_the_environment_are_used_and_netrc_is_not(
+    web: Web, fetch: Callable[..., FetchedLora], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "netrc").write_text("default login a password b\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("http_proxy", web.url)
+    web.files["/x.safetensors"] = web.files["http://lora.test/x.safetensors"] = LORA
+    assert fetch("http://lora.test/x.safetensors", LORA_ALLOW_PRIVATE_HOSTS="0").path.read_bytes() == LORA
+    assert not any("Authorization" in headers for _, headers in web.asked)
+    with pytest.raises(LoraError, match="is on a private network"):
+        fetch("http://169.254.169.254/x.safetensors", LORA_ALLOW_PRIVATE_HOSTS="0")
+
+
+# Cache
+
+
+def test_what_was_damaged_is_fetched_again(web: Web, fetch: Callable[..., FetchedLora]) -> None:
+    reference = hubs(web)["civitai version"]
+    path = fetch(reference).path
+    for damage in (
+        lambda: os.truncate(path, 1000),
+        lambda: path.write_bytes(LORA[:-1] + b"?"),
+        path.unlink,
+        lambda: next(path.parents[1].glob("refs/*")).write_text("{"),
+    ):
+        damage()
+        assert fetch_lora(reference, settings(web, path.parents[1]), FAST).path.read_bytes() == LORA
+    os.utime(path)  # touched and still whole
+    assert fetch(reference).cache == "disk"
+
+
+def test_the_least_recently_used_goes_and_never_one_in_use(web: Web, tmp_path: Path) -> None:
+    for i in range(5):
+        web.files[f"/{i}.safetensors"] = lora_file(i)
+
+    def get(i: int) -> FetchedLora:
+        time.sleep(0.01)
+        return fetch_lora(
+            f"{web.url}/{i}.safetensors", settings(web, tmp_path, LORA_CACHE_GB=str(2.5 * len(LORA) / 1e9)), FAST
+        )
+
+    first, second = get(0), get(1)
+    with in_use(first) as path:
+        get(2)
+        assert path.exists()
+        assert not second.path.exists()
+    get(3)
+    assert not first.path.exists()
+    with pytest.raises(LoraError, match="LORA_CACHE_GB is too small"), in_use(first):
+        pass
+    assert get(2).cache == "disk"
+    get(4)
+    assert get(2).cache == "disk"
+    check_cache(tmp_path)
+
+
+def run_fetch(web: Web, cache: Path, reference: str, **environment: str) -> "subprocess.Popen[str]":
+    code = (
+        "import sys; from lora_sources import fetch_lora; from lora_network import Pace;"
+        "from settings import read_settings; from resource import *;"
+        "limit = int(sys.argv[2]); limit and setrlimit(RLIMIT_FSIZE, (limit, limit));"
+        "print(fetch_lora(sys.argv[1], read_settings(), Pace(segment=8192)).cache)"
+    )
+    limit = environment.pop("LIMIT", "0")
+    return subprocess.Popen(
+        [sys.executable, "-c", code, reference, limit],
+        cwd=ROOT, env={**os.environ, **variables(web, cache, **environment)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def test_processes_share_one_download(web: Web, tmp_path: Path) -> None:
+    reference = hubs(web)["civitai"]
+    web.fault = Fault(99, wait=threading.Event())
+    with run_fetch(web, tmp_path, reference) as one, run_fetch(web, tmp_path, reference) as two:
+        wait_until(lambda: web.downloads() >= 4, 15)
+        time.sleep(0.5)
+        assert web.fault.wait
+        web.fault.wait.set()
+        origins = sorted(process.communicate(timeout=20)[0].strip() for process in (one, two))
+    assert origins == ["disk", "download"]
+    ranges = [headers["Range"] for path, headers in web.asked if path in web.files]
+    assert len(ranges) == len(set(ranges))
+    check_cache(tmp_path)
+
+
+def test_a_killed_process_leaves_nothing_that_counts(
+    web: Web, fetch: Callable[..., FetchedLora], tmp_path: Path
+) -> None:
+    references = hubs(web)
+    web.fault = Fault(99, wait=threading.Event())
+    with run_fetch(web, tmp_path, references["civitai"]) as process:
+        wait_until(lambda: web.downloads() >= 3, 15)
+        process.kill()
+        process.communicate(timeout=10)
+    assert process.returncode == -signal.SIGKILL
+    assert list(tmp_path.glob("parts/*"))
+    assert not list(tmp_path.glob("files/*"))
+    web.fault = None
+    fetch(references["url"])  # clears away what another reference left behind
+    assert fetch(references["civitai"]).path.read_bytes() == LORA
+
+
+def test_a_full_disk_is_one_sentence(web: Web, fetch: Callable[..., FetchedLora], tmp_path: Path) -> None:
+    reference = hubs(web)["hugging face"]
+    with run_fetch(web, tmp_path, reference, LIMIT="20000") as process:
+        _, errors = process.communicate(timeout=20)
+    assert errors.strip().splitlines()[-1].endswith("cannot be written into LORA_CACHE_DIR: File too large.")
+    check_cache(tmp_path)
+    assert fetch(reference).path.read_bytes() == LORA
+
+
+def test_a_folder_that_cannot_be_used_is_one_sentence(web: Web, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LoraError, match=r"LORA_CACHE_DIR is .*/file/x, which cannot be used: Not a directory"):
+        fetch_lora("a/b", settings(web, tmp_path / "file" / "x"), FAST)
+
+
+# Cancelling
+
+
+class Cancelled(BaseException):
+    """As Cog's."""
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.01, 0.03, 0.08, 0.2])
+def test_cancelling_at_any_time_leaves_nothing(
+    web: Web, fetch: Callable[..., FetchedLora], tmp_path: Path, delay: float
+) -> None:
+    reference = hubs(web)["civitai"]
+    web.fault = Fault(99, wait=threading.Event())
+    target = threading.get_ident()
+
+    def cancel() -> None:
+        time.sleep(delay)
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(target), ctypes.py_object(Cancelled))
+
+    def fetch_and_cancel() -> None:
+        threading.Thread(target=cancel).start()
+        fetch_lora(reference, settings(web, tmp_path), Pace(segment=8192))
+
+    started = time.monotonic()
+    with pytest.raises(Cancelled):
+        fetch_and_cancel()
+    assert time.monotonic() - started < delay + 0.5
+    wait_until(lambda: not any(thread.name == "lora" for thread in threading.enumerate()))
+    check_cache(tmp_path)
+    assert not list(tmp_path.glob("files/*"))
+    web.fault = None
+    assert fetch(reference).path.read_bytes() == LORA
+
+
+# The command
+
+
+def test_the_command_prints_the_path_or_one_sentence(web: Web, tmp_path: Path) -> None:
+    def lora(reference: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            [ROOT / "script" / "lora", reference],
+            env={**os.environ, **variables(web, tmp_path / "cache")},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    done = lora(hubs(web)["replicate"])
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).read_bytes() == LORA
+    assert "fofr/cars: fetched 0.0 MB" in done.stderr
+    failed = lora("nonsense")
+    assert (failed.returncode, failed.stdout) == (1, "")
+    assert failed.stderr.startswith("'nonsense' does not name a LoRA: use ")
+    assert json.dumps(failed.stderr).count("\\n") == 1

@@ -1,0 +1,30 @@
+"""Fetch a LoRA into the cache and print its path: an operator warms the cache, or finds out why a reference fails."""
+
+import argparse
+import logging
+import sys
+
+from lora_references import ACCEPTED, LoraError
+from lora_sources import fetch_lora
+from settings import SettingsError, read_settings
+
+
+def main() -> int:
+    """Returns the exit code: 0 when the LoRA is there."""
+    parser = argparse.ArgumentParser(prog="script/lora", description=__doc__)
+    parser.add_argument("reference", metavar="REFERENCE", help=ACCEPTED)
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("flux-lora").setLevel(logging.INFO)
+    try:
+        print(fetch_lora(arguments.reference, read_settings()).path)
+    except (LoraError, SettingsError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
