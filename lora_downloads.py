@@ -39,8 +39,8 @@ from lora_remote import Arrived, Remote, check_answer, check_space, too_large
 
 log = logging.getLogger("flux-lora")
 
-BLOCK = 1 << 18
-HASH_BLOCK = 1 << 20
+BLOCK = 1 << 20
+HASH_BLOCK = 1 << 22  # smaller ones wait more often for the interpreter than they hash
 
 
 @dataclass
@@ -238,6 +238,7 @@ class _Transfer:
     def _hash_along(self, workers: "list[Future[None]]") -> Arrived:
         """Hash what is on disk while the rest arrives, in order; the first worker that fails ends them all."""
         digest, position, reported = hashlib.sha256(), 0, time.monotonic()
+        block = memoryview(bytearray(HASH_BLOCK))  # one for all: a fresh one a time costs as much as the hashing
         try:
             for segment in self.segments:
                 while segment.end is None or position < segment.end:
@@ -249,9 +250,9 @@ class _Transfer:
                     if ready == 0:
                         time.sleep(0.001)
                     else:
-                        block = os.pread(self.file, min(ready, HASH_BLOCK), position)
-                        digest.update(block)
-                        position += len(block)
+                        read = os.preadv(self.file, [block[: min(ready, HASH_BLOCK)]], position)
+                        digest.update(block[:read])
+                        position += read
                     if time.monotonic() - reported > self.pace.report:
                         reported = time.monotonic()
                         self._report()
