@@ -1,6 +1,7 @@
 """Make the whole demo checkpoint: `script/demo`. A run that was stopped goes on from its last checkpoint."""
 
 import argparse
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from demo.schnell import distil_schnell
 from demo.text import train_text
 from demo.training import CHECKPOINTS
 from demo.transformer import train_dev
-from demo.vae import train_decoder, train_vae
+from demo.vae import train_vae
 
 ROOT = Path(__file__).parent.parent
 SHARED_PARTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
@@ -54,6 +55,10 @@ def export() -> None:
         transformer = FluxTransformer2DModel.from_pretrained(source / "transformer")
         transformer.to(torch.bfloat16).save_pretrained(folder / "transformer")
         scheduler(shift=shift).save_pretrained(folder / "scheduler")
+    for file in [*dev.glob("*/config.json"), schnell / "transformer" / "config.json"]:
+        config = json.loads(file.read_text())
+        config.pop("_name_or_path", None)  # where it was on this machine
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def scheduler(*, shift: bool) -> FlowMatchEulerDiscreteScheduler:
@@ -72,7 +77,6 @@ PARTS: dict[str, Callable[[], None]] = {
     "vae": lambda: train_vae(PLAIN),
     "text": lambda: train_text(PLAIN),
     "transformer": lambda: train_dev(PLAIN),
-    "decoder": lambda: train_decoder(PLAIN),
     "guidance": guidance,
     "schnell": lambda: distil_schnell(DEV, SCHNELL),
     "export": export,

@@ -17,7 +17,6 @@ from demo.scenes import COLOURS, all_scenes, blend, coverage, draw, vary
 from demo.training import train
 
 STEPS = 1000
-DECODER_STEPS = 1000
 BATCH = 8
 SIDES = (64, 96, 128)  # pixels
 KL_WEIGHT = 1e-3
@@ -143,41 +142,15 @@ def train_vae(folder: Path, steps: int = STEPS) -> None:
     vae.save_pretrained(folder / "vae")
 
 
-def train_decoder(folder: Path, steps: int = DECODER_STEPS) -> None:
-    """Go on with the decoder of `folder`/vae alone: the latents stay as they are, so this can follow the transformer's.
-
-    The latents carry each 8 x 8 block's mean colour; a decoder that knows what edges look like can place them finely.
-    """
-    vae = AutoencoderKL.from_pretrained(folder / "vae")
-    vae.encoder.requires_grad_(False)
-    optimizer = torch.optim.AdamW(vae.decoder.parameters(), lr=1.5e-3, betas=(0.9, 0.98), weight_decay=0.0)
-
-    def loss(rng: random.Random, _progress: float) -> Tensor:
-        batch = pictures(BATCH, rng.choice(SIDES), rng.choice(SIDES), rng)
-        with torch.no_grad():
-            posterior = vae.encode(batch).latent_dist
-        # a sample as image-to-image has it, or the mean with the transformer's imperfection
-        latents = posterior.sample() if rng.random() < 0.3 else posterior.mode()
-        latents = latents + LATENT_NOISE * torch.rand(len(batch), 1, 1, 1) * torch.randn_like(latents)
-        return _error(vae.decode(latents).sample, batch)
-
-    train("decoder", vae, [optimizer], steps, loss, average=0.99)
-    vae.save_pretrained(folder / "vae")
-
-
 def _loss(vae: AutoencoderKL, batch: Tensor) -> Tensor:
     """L1 + L2 + L1 on the differences of neighbours, + a little KL divergence."""
     posterior: DiagonalGaussianDistribution = vae.encode(batch).latent_dist
     latents = posterior.sample()
     latents = latents + LATENT_NOISE * torch.rand(len(batch), 1, 1, 1) * torch.randn_like(latents)
     divergence = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
-    return _error(vae.decode(latents).sample, batch) + KL_WEIGHT * divergence
-
-
-def _error(decoded: Tensor, batch: Tensor) -> Tensor:
-    error = decoded - batch
+    error = vae.decode(latents).sample - batch
     slopes = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
-    return error.abs().mean() + error.square().mean() + slopes
+    return error.abs().mean() + error.square().mean() + slopes + KL_WEIGHT * divergence
 
 
 def psnr(vae: AutoencoderKL, batch: Tensor) -> float:

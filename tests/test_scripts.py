@@ -5,7 +5,6 @@ import os
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -99,15 +98,19 @@ def test_serve_serves_until_ctrl_c(environment: dict[str, str], tmp_path: Path) 
     with subprocess.Popen(
         command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as serve:
-        url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 40
-        while time.monotonic() < deadline and _status(url) != "READY":
-            time.sleep(0.2)
+        url = f"http://127.0.0.1:{port}"
+        assert serve.stderr is not None
+        log = ""
+        for line in serve.stderr:
+            log += line
+            if line == f"Serving at {url}/predictions; Ctrl-C stops.\n":
+                break
+        assert _status(url) == "READY"
         assert requests.post(f"{url}/predictions", json={"input": {}}, timeout=10).status_code == 422
         assert "Input" in requests.get(f"{url}/openapi.json", timeout=10).json()["components"]["schemas"]
         os.killpg(serve.pid, signal.SIGINT)  # a terminal's Ctrl-C goes to the whole group
-        _, log = serve.communicate(timeout=5)
+        log += serve.communicate(timeout=5)[1]
     assert serve.returncode == 0
-    assert f"Serving at {url}/predictions; Ctrl-C stops." in log
     assert "Traceback" not in log
     assert _status(url) is None
 
