@@ -7,18 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from diffusers import AutoencoderKL, FluxTransformer2DModel
 from transformers import CLIPTextModel, T5EncoderModel
 
+from checkpoints import SHARED_PARTS
 from demo.guidance import distil_guidance
 from demo.schnell import distil_schnell
 from demo.text import train_text
 from demo.training import CHECKPOINTS
 from demo.transformer import train_dev
 from demo.vae import train_vae
+from random_flux import new_scheduler
 
 ROOT = Path(__file__).parent.parent
-SHARED_PARTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 PLAIN, DEV, SCHNELL = CHECKPOINTS / "plain", CHECKPOINTS / "dev", CHECKPOINTS / "schnell"  # float32
 
 log = logging.getLogger("demo")
@@ -51,26 +52,14 @@ def export() -> None:
         for file in (PLAIN / part).iterdir():
             (dev / part / file.name).write_bytes(file.read_bytes())
     link_shared(schnell, dev)
-    for source, folder, shift in ((DEV, dev, True), (SCHNELL, schnell, False)):
+    for source, folder, model in ((DEV, dev, "dev"), (SCHNELL, schnell, "schnell")):
         transformer = FluxTransformer2DModel.from_pretrained(source / "transformer")
         transformer.to(torch.bfloat16).save_pretrained(folder / "transformer")
-        scheduler(shift=shift).save_pretrained(folder / "scheduler")
+        new_scheduler(model).save_pretrained(folder / "scheduler")
     for file in [*dev.glob("*/config.json"), schnell / "transformer" / "config.json"]:
         config = json.loads(file.read_text())
         config.pop("_name_or_path", None)  # where it was on this machine
         file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-def scheduler(*, shift: bool) -> FlowMatchEulerDiscreteScheduler:
-    """dev's moves towards the noise as the picture grows; schnell's is even. The numbers are FLUX.1's."""
-    return FlowMatchEulerDiscreteScheduler(
-        shift=3.0 if shift else 1.0,
-        use_dynamic_shifting=shift,
-        base_shift=0.5,
-        max_shift=1.15,
-        base_image_seq_len=256,
-        max_image_seq_len=4096,
-    )
 
 
 PARTS: dict[str, Callable[[], None]] = {

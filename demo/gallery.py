@@ -12,7 +12,7 @@ from typing import Any
 import requests
 from PIL import Image, ImageDraw
 
-from demo.scenes import Scene, draw
+from demo.scenes import Scene, picture_of
 from tools.server import cog_server
 
 PROMPTS = (
@@ -35,7 +35,7 @@ class Column:
 
 
 def columns() -> list[Column]:
-    given, mask = data_url(given_picture()), data_url(given_mask())
+    given, mask = data_url(picture_of(GIVEN, 512, 512)), data_url(given_mask())
     dev, schnell = {"model": "dev"}, {"model": "schnell", "num_inference_steps": 4}
     return [
         Column("dev", dev),
@@ -46,11 +46,6 @@ def columns() -> list[Column]:
         Column("dev, image at 0.95", dev | {"image": given, "prompt_strength": 0.95}),
         Column("dev, right half masked", dev | {"image": given, "mask": mask, "prompt_strength": 0.95}),
     ]
-
-
-def given_picture() -> Image.Image:
-    pixels = ((draw(GIVEN, 512, 512) + 1) * 127.5).round().byte().permute(1, 2, 0)
-    return Image.fromarray(pixels.numpy())
 
 
 def given_mask() -> Image.Image:

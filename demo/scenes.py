@@ -4,6 +4,7 @@ import random
 from dataclasses import dataclass, replace
 
 import torch
+from PIL import Image
 
 SHAPES = ("circle", "square", "triangle", "ring")
 COLOURS = {  # sRGB
@@ -115,6 +116,11 @@ def _article(sentence: str) -> str:
 def draw(scene: Scene, width: int, height: int) -> torch.Tensor:
     """The picture, float32 [3, height, width] in -1..1, edges smoothed over one pixel."""
     return blend(coverage(scene, width, height), colour(scene.colour), colour(scene.background))
+
+
+def picture_of(scene: Scene, width: int, height: int) -> Image.Image:
+    """The same in RGB."""
+    return Image.fromarray(((draw(scene, width, height) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
 
 
 def blend(cover: torch.Tensor, front: torch.Tensor, back: torch.Tensor) -> torch.Tensor:

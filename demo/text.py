@@ -4,6 +4,7 @@ CLIP's pooled output and every T5 token, pads included, are asked for each attri
 thrown away afterwards. The transformer then trains on frozen encoders.
 """
 
+import json
 import random
 from collections import Counter
 from math import log
@@ -57,8 +58,6 @@ def clip_tokenizer() -> CLIPTokenizer:
 
 
 def _model(tokenizer: Tokenizer) -> dict[str, Any]:
-    import json  # noqa: PLC0415
-
     model: dict[str, Any] = json.loads(tokenizer.to_str())["model"]
     return model
 
@@ -123,12 +122,13 @@ class Readers(nn.Module):
 
     def forward(self, texts: list[str], length: int) -> tuple[Tensor, Tensor]:
         """Logits from CLIP [n, answers] and from every T5 token [n, length, answers]."""
-        clip_ids = _ids(self.clip_tokenizer, texts, 77)
-        t5_ids = _ids(self.t5_tokenizer, texts, length)
+        clip_ids = token_ids(self.clip_tokenizer, texts, 77)
+        t5_ids = token_ids(self.t5_tokenizer, texts, length)
         return self.clip_reader(self.clip(clip_ids).pooler_output), self.t5_reader(self.t5(t5_ids)[0])
 
 
-def _ids(tokenizer: Any, texts: list[str], length: int) -> Tensor:
+def token_ids(tokenizer: Any, texts: list[str], length: int) -> Tensor:
+    """[n, length], padded or cut."""
     ids: Tensor = tokenizer(
         texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
     ).input_ids
@@ -176,13 +176,3 @@ def attribute_loss(logits: Tensor, answers: Tensor) -> Tensor:
     parts = logits.split([len(values) for values in ATTRIBUTES.values()], dim=-1)
     losses = [F.cross_entropy(part.flatten(0, -2), answers[..., i].flatten()) for i, part in enumerate(parts)]
     return torch.stack(losses).mean()
-
-
-@torch.no_grad()
-def share_readable(readers: Readers, texts: list[str], answers: Tensor, length: int) -> tuple[float, float]:
-    """How many attributes CLIP's pooled output gives away, and the mean T5 token."""
-    sizes = [len(values) for values in ATTRIBUTES.values()]
-    clip_logits, t5_logits = readers(texts, length)
-    clip = torch.stack([part.argmax(-1) for part in clip_logits.split(sizes, dim=-1)], dim=-1) == answers
-    t5 = torch.stack([part.argmax(-1) for part in t5_logits.split(sizes, dim=-1)], dim=-1) == answers[:, None]
-    return float(clip.float().mean()), float(t5.float().mean())

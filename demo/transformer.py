@@ -20,6 +20,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 
 from demo.muon import Muon
 from demo.scenes import TRAINED, Scene, caption, draw, vary
+from demo.text import token_ids
 from demo.training import CHECKPOINTS, train
 
 STEPS = 3500
@@ -91,9 +92,8 @@ class Frozen:
     @torch.no_grad()
     def embed(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """T5's first tokens [n, TEXT_TOKENS, 64] and CLIP's pooled output [n, 64]."""
-        options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-        t5_ids = self.t5_tokenizer(texts, max_length=4 * TEXT_TOKENS, **options).input_ids
-        clip_ids = self.clip_tokenizer(texts, max_length=77, **options).input_ids
+        t5_ids = token_ids(self.t5_tokenizer, texts, 4 * TEXT_TOKENS)
+        clip_ids = token_ids(self.clip_tokenizer, texts, 77)
         return self.t5(t5_ids)[0][:, :TEXT_TOKENS], self.clip(clip_ids).pooler_output
 
     @torch.no_grad()

@@ -153,11 +153,4 @@ def _loss(vae: AutoencoderKL, batch: Tensor) -> Tensor:
     return error.abs().mean() + error.square().mean() + slopes + KL_WEIGHT * divergence
 
 
-def psnr(vae: AutoencoderKL, batch: Tensor) -> float:
-    """Decibels over a batch [n, 3, height, width] in -1..1, through the posterior's mean."""
-    with torch.no_grad():
-        again = vae.decode(vae.encode(batch).latent_dist.mode()).sample.clamp(-1, 1)
-    return float(10 * torch.log10(4 / (again - batch).square().mean()))
-
-
 SCENES = all_scenes()

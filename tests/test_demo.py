@@ -20,18 +20,13 @@ from demo.scenes import (
     all_scenes,
     caption,
     coverage,
-    draw,
+    picture_of,
     vary,
 )
 from tests.conftest import Server, data_url
 from tools.server import cog_server
 
 RED_CIRCLE = Scene("circle", "red", "white", "medium", "middle")
-
-
-def picture_of(scene: Scene, width: int, height: int) -> Image.Image:
-    pixels = ((draw(scene, width, height) + 1) * 127.5).round().byte().permute(1, 2, 0)
-    return Image.fromarray(pixels.numpy())
 
 
 def one_wrong(scene: Scene, rng: random.Random) -> dict[str, Scene]:
