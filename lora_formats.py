@@ -13,18 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lora_families import other_family
-from lora_kinds import KINDS, LYCORIS_EPS, Kind, Shape, magnitude_fits, magnitude_of, split
+from lora_kinds import KINDS, LYCORIS_EPS, Kind, magnitude_fits, magnitude_of, split
 from lora_names import Key, Names, Shapes
 from lora_peft import PeftConfigs
 from lora_references import LoraError
+from lora_tensors import DTYPES, FLOATS, Header, Shape, is_finite, read_header, read_tensors
 from lora_updates import Full, Update, take_rows
 
-FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # safetensors' names
-WHOLE_NUMBERS = ("I64", "I32", "I16", "I8", "U8")  # an alpha may be one
 MOST_NAMED = 3  # in one error
 MOST_TEXT = 120  # characters of a key in one error
 
@@ -64,44 +62,44 @@ def read_lora(path: Path, shapes: Shapes, name: str) -> LoraUpdates:
 
     `name` is for people. Raises `LoraError`, one sentence that begins with it.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 - it is no mapping
-            header = {key: (str(one.get_dtype()), tuple(one.get_shape())) for key, one in slices.items()}
-            groups = _understand(header, shapes, name)
-            configs = PeftConfigs(file.metadata() or {}, path, name)
-            tensors = {key: file.get_tensor(key).clone() for key in header}
-    except (SafetensorError, OSError) as error:
-        raise LoraError(f"{name} cannot be read as a safetensors file ({error}).") from None
+    header = read_header(path, name)
+    groups = _understand(header, shapes, name)
+    configs = PeftConfigs(header.metadata, path, name)
+    tensors = read_tensors(path, header, name)
     updates: dict[str, dict[str, tuple[Update, ...]]] = defaultdict(dict)
     for group in groups:
         component = updates[group.key.module.component]
         parts = {part: tensors[key].reshape(group.shapes[part]) for part, key in group.keys.items()}
         for part, key in group.keys.items():
-            if part != "alpha" and not all(value.isfinite() for value in parts[part].float().aminmax()):
+            if part != "alpha" and not is_finite(parts[part]):
                 raise LoraError(f"{name} is damaged: {_short(key)} holds numbers that are not finite.")
         for parameter, update in _updates(group, parts, shapes, configs, name):
             component[parameter] = (*component.get(parameter, ()), update)
-    return LoraUpdates(" + ".join(dict.fromkeys(group.key.dialect for group in groups)), dict(updates))
+    return LoraUpdates(_writers(groups), dict(updates))
 
 
-def _understand(header: Mapping[str, tuple[str, Shape]], shapes: Shapes, name: str) -> list[_Group]:
+def _writers(groups: Collection[_Group]) -> str:
+    """The dialects in the order of the file."""
+    return " + ".join(dict.fromkeys(group.key.dialect for group in groups if group.key.dialect)) or "kohya"
+
+
+def _understand(header: Header, shapes: Shapes, name: str) -> list[_Group]:
     """The modules that the file is about. Raises `LoraError` for whatever is wrong with names, dtypes and shapes."""
     names = Names(shapes)
     groups: dict[str, _Group] = {}
     unknown, wrong = [], []
-    for text, (dtype, shape) in header.items():
+    for text, entry in header.entries.items():
         key = names.understand(text)
         if key is None:
             unknown.append(_short(text))
             continue
-        if dtype not in FLOATS and not (key.part == "alpha" and dtype in WHOLE_NUMBERS):
-            wrong.append(f"{_short(text)} is of type {dtype}")
+        if entry.dtype not in (DTYPES if key.part == "alpha" else FLOATS):
+            wrong.append(f"{_short(text)} is of type {entry.dtype}")
         group = groups.setdefault(key.stem, _Group(key))
         if key.part in group.keys:
             wrong.append(f"{_short(text)} is there twice")
         group.keys[key.part] = text
-        group.shapes[key.part] = shape[:2] if shape[2:] == (1, 1) else shape  # a linear layer saved as a convolution
+        group.shapes[key.part] = entry.shape[:2] if entry.shape[2:] == (1, 1) else entry.shape  # a linear layer saved as a convolution
     for group in groups.values():
         wrong += _misfits(group, shapes)
     wrong += _conflicts(groups.values()) + _lost(groups.values())

@@ -7,7 +7,8 @@ named in either dialect, with "." or, where the writer wrote so, with "_". A nam
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -20,8 +21,8 @@ PREFIXES = (
     ("lora_unet_", TRANSFORMER, "kohya"),
     ("lora_transformer_", TRANSFORMER, "OneTrainer"),
     ("lycoris_", TRANSFORMER, "LyCORIS"),
-    ("lora_te1_", CLIP, "kohya"),
-    ("lora_te_", CLIP, "kohya"),
+    ("lora_te1_", CLIP, ""),  # kohya and OneTrainer alike
+    ("lora_te_", CLIP, ""),
     ("lora_te2_", T5, "OneTrainer"),  # in a file for SDXL it is the second CLIP, whose names T5 has not
     ("lora_te3_", T5, "kohya"),
     ("text_encoders.clip_l.transformer.", CLIP, "ComfyUI"),
@@ -97,7 +98,7 @@ _SUFFIXES = {
     "embedding_up": r"\.lora_embedding_B(\.[^.]+)?",
 }
 _PARTS = [(part, re.compile(f"(?:{suffix})$")) for part, suffix in _SUFFIXES.items()]
-_XLABS_PARTS = {".down.weight": "down", ".up.weight": "up"}
+_XLABS_KEY = re.compile(r"(.*\.processor\.(?:qkv|proj)_lora[12]?)\.(down|up)\.weight")
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ class Names:
     """Every name that a module of this model may have in a LoRA file."""
 
     def __init__(self, shapes: Shapes) -> None:
-        self._modules = {component: _spellings(component, shapes.get(component, {})) for component in shapes}
+        self._modules = {component: _spellings(component, tuple(named)) for component, named in shapes.items()}
 
     def understand(self, key: str) -> Key | None:
         """None for a key that no rule knows or whose module this model does not have."""
@@ -139,12 +140,11 @@ class Names:
 
 def split_key(key: str) -> tuple[str, str | None]:
     """The key without its suffix, and the part of an update that the suffix names."""
+    if match := _XLABS_KEY.fullmatch(key):
+        return match[1], match[2]
     for part, pattern in _PARTS:
         if match := pattern.search(key):
             return key[: match.start()], part
-    for suffix, part in _XLABS_PARTS.items():
-        if key.endswith(suffix) and ".processor." in key:
-            return key.removesuffix(suffix), part
     return key, None
 
 
@@ -154,19 +154,16 @@ def _without_prefix(stem: str) -> Iterator[tuple[str, str, str]]:
     by_peft = "PEFT" if len(name) < len(stem) else None
     for prefix, component, dialect in PREFIXES:
         if name.startswith(prefix):
-            yield component, name.removeprefix(prefix), by_peft or _dialect_of(name) or dialect
+            yield component, name.removeprefix(prefix), by_peft or dialect
             return
     for component in (TRANSFORMER, CLIP, T5):
-        yield component, name, by_peft or _dialect_of(name) or "bare"
+        yield component, name, by_peft or ("XLabs" if ".processor." in name else "bare")
 
 
-def _dialect_of(name: str) -> str | None:
-    return "XLabs" if ".processor." in name and "_lora" in name else None
-
-
-def _spellings(component: str, shapes: Mapping[str, torch.Size]) -> dict[str, Module]:
-    """Every spelling of every module's name of a component."""
-    modules = dict.fromkeys(name.rpartition(".")[0] for name in shapes)
+@lru_cache(maxsize=8)  # dev and schnell differ; each is asked for with every file
+def _spellings(component: str, parameters: tuple[str, ...]) -> Mapping[str, Module]:
+    """Every spelling of the name of every module that a component has."""
+    modules = dict.fromkeys(name.rpartition(".")[0] for name in parameters)
     named = {name: Module(component, (name,)) for name in modules}
     if component == TRANSFORMER:
         named |= _original_names(modules)
@@ -191,5 +188,5 @@ def _original_names(modules: Mapping[str, None]) -> dict[str, Module]:
     for xlabs, original in _XLABS.items():
         for index in range(blocks):
             if original.format(index) in named:
-                named[xlabs.format(index)] = replace(named[original.format(index)])
+                named[xlabs.format(index)] = named[original.format(index)]
     return named
