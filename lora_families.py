@@ -1,9 +1,129 @@
-"""What a file is when it is not a LoRA for this model: told from its keys and shapes."""
+"""What a file is when it is not a LoRA for this model, told from its keys and shapes."""
 
-from lora_names import Shapes
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
+
+import torch
+
+from lora_names import TRANSFORMER, Names, Shapes, split_key
 from lora_references import LoraError
 from lora_tensors import Header
 
+# What only the modules of one family are called; "~" is "." or "_". The first that is found counts.
+_FAMILIES = (
+    ("an IP-Adapter", r"ip_adapter|image_proj\b"),
+    ("a ControlNet", r"controlnet|input_hint_block|^control_model\."),
+    ("a textual-inversion embedding", r"^(emb_params|string_to_param|clip_[lg]|t5(xxl)?|<[^>]*>)(\.\*)?$"),
+    ("a LoRA with textual-inversion embeddings in it, which are not supported", r"^bundle_emb\."),
+    ("an OFT or BOFT adapter, which is not supported", r"\.b?oft_(blocks|diag|R)\b"),
+    ("a GLoRA adapter, which is not supported", r"\.[ab][12]\.weight$"),
+    (
+        "a LoRA for Nunchaku's quantized models",
+        r"\.(qweight|wscales|smooth(_orig)?)$|qkv_proj(_context)?\.lora_(down|up)$",
+    ),
+    ("a LoRA for FLUX.2", r"(double|single)_stream_modulation|to_qkv_mlp_proj|ff(_context)?~linear_(in|out)\b"),
+    ("a LoRA for Chroma", r"distilled_guidance_layer"),
+    ("a LoRA for Stable Diffusion 3", r"joint_blocks"),
+    ("a LoRA for AuraFlow", r"joint_transformer_blocks"),
+    ("a LoRA for HiDream", r"(double|single)_stream_blocks"),
+    ("a LoRA for Stable Cascade", r"^lora_prior_"),
+    ("a LoRA for Qwen-Image", r"transformer_blocks~\d+~((img|txt)_mlp~net|(img|txt)_mod~1)"),
+    (
+        "a LoRA for HunyuanVideo",
+        r"(img|txt)_mod~linear|(img|txt)_mlp~fc[12]|blocks\.\d+\.(img|txt)_attn_(qkv|proj)|token_refiner|modulation~linear",
+    ),
+    ("a LoRA for Z-Image or Lumina", r"(noise|context)_refiner|\blayers~\d+~(attention|feed_forward|adaLN_modulation)"),
+    ("a LoRA for Stable Diffusion 1.5, 2 or SDXL", r"(input|output)_blocks|middle_block|mid_block|(down|up)_blocks~\d"),
+    ("a LoRA for LTX-Video, PixArt, CogVideoX or a model like them", r"transformer_blocks~\d+~attn[12]~"),
+    ("a LoRA for Wan", r"(?<!transformer_)blocks~\d+~((self|cross)_attn~[qkvo]\b|attn[12]~|ffn~)"),
+    ("a LoRA for Cosmos", r"(?<!transformer_)blocks~\d+~(self|cross)_attn~[qkvo]_proj"),
+    ("a LoRA for a language model", r"(?<!encoder)~layers~\d+~(self_attn~[qkvo]_proj|mlp~(gate|up|down)_proj)"),
+    ("a LoRA for SDXL", r"^(lora_te2_|text_encoder_2\.)text_model"),
+)
+_PATTERNS = [(family, re.compile(pattern.replace("~", "[._]"))) for family, pattern in _FAMILIES]
+_STABLE_DIFFUSION = {
+    768: "a LoRA for Stable Diffusion 1.5",
+    1024: "a LoRA for Stable Diffusion 2",
+    2048: "a LoRA for SDXL",
+}
+# Families whose modules are called as FLUX.1's are, by the width of their blocks.
+_WIDTHS = {
+    1536: "a LoRA for Stable Diffusion 3 Medium",
+    2432: "a LoRA for Stable Diffusion 3.5 Large",
+    4096: "a LoRA for FLUX.2 [klein] 9B",
+    6144: "a LoRA for FLUX.2 [dev]",
+}
+_FLUX_WIDTH = 3072
+_BLOCK = re.compile(
+    r"((?<!single_)transformer_blocks|double_blocks|single_transformer_blocks|single_blocks)([._])(\d+)"
+)
+
 
 def other_family(header: Header, shapes: Shapes, name: str) -> LoraError | None:
-    return None
+    """The error for a file that is something known, but no LoRA for this model; None where nothing is known of it."""
+    text = next(chain(_foreign(header), _other_flux(header, shapes)), None)
+    return LoraError(f"{name} is {text}.") if text else None
+
+
+def _foreign(header: Header) -> Iterator[str]:
+    """What it is, for a file with modules that FLUX.1 has not."""
+    stems = {key: split_key(key)[0] for key in header.entries}
+    for family, pattern in _PATTERNS:
+        if found := next((key for key, stem in stems.items() if pattern.search(stem)), None):
+            exact = _STABLE_DIFFUSION.get(_width(header, r"attn2[._]to_[kv]$")) if "or SDXL" in family else None
+            yield f"{exact or family}, not a LoRA for FLUX.1 (it has {found[:100]})"
+    if stems and not any(split_key(key)[1] for key in stems):
+        yield f"a whole model or a part of one, not a LoRA (it has {next(iter(stems))[:100]})"
+
+
+def _other_flux(header: Header, shapes: Shapes) -> Iterator[str]:
+    """What it is, for a file whose modules are called as FLUX.1's are."""
+    names, ours = Names(shapes), shapes[TRANSFORMER]
+    needed, width, channels = ours["x_embedder.weight"][1], _hidden(ours), _width(header, r"(img_in|x_embedder)$")
+    if channels not in (0, needed):
+        kind = "FLUX.1 Control LoRA" if channels == 2 * needed else "LoRA for a FLUX.1 such as Fill or Control"
+        yield f"a {kind}: its input layer has {channels} channels, this model's has {needed}"
+    if any(key.endswith("query_norm.scale") for key in header.entries):
+        yield "a FLUX.1 Control LoRA, which replaces norms; those are not supported"
+    unknown = [key for key in header.entries if names.understand(key) is None]
+    if unknown and all(re.search(r"guidance_(in|embedder)", key) for key in unknown):
+        yield "for FLUX.1 dev: it changes the guidance embedder, which schnell has not; use model dev"
+    if not all(names.understand(_BLOCK.sub(r"\g<1>\g<2>0", key)) for key in unknown):
+        return  # they are not FLUX.1's at any depth
+    theirs = _width(header, r"(to_q|img_attn[._](qkv|proj)|txt_attn[._]qkv|linear1|qkv_lora\d?)$")
+    doubles, singles = _depths(header.entries)
+    our_doubles, our_singles = _depths(ours)
+    if theirs != width and theirs in _WIDTHS:
+        yield f"{_WIDTHS[theirs]}, not a LoRA for FLUX.1 (its blocks are {theirs} wide)"
+    if theirs == width == _FLUX_WIDTH and doubles > our_doubles and not singles:
+        yield f"a LoRA for Qwen-Image or HunyuanVideo, not for FLUX.1 (it has {doubles} blocks, not {our_doubles})"
+    if theirs not in (0, width) or doubles > our_doubles or singles > our_singles:
+        yield (
+            f"for a FLUX.1 that is {theirs or 'otherwise'} wide and has at least {doubles} double and {singles} single "
+            f"blocks; this model is {width} wide and has {our_doubles} and {our_singles}"
+        )
+
+
+def _width(header: Header, module: str) -> int:
+    """The columns of the weights of modules so called, 0 where the file has no low-rank update of one."""
+    for key, entry in header.entries.items():
+        stem, part = split_key(key)
+        if part in ("down", "hada_w1_b") and len(entry.shape) >= 2 and re.search(module, stem):
+            return entry.shape[1]
+    return 0
+
+
+def _hidden(ours: Mapping[str, torch.Size]) -> int:
+    """The width of the transformer's blocks."""
+    return ours["x_embedder.weight"][0]
+
+
+def _depths(keys: Iterable[str]) -> tuple[int, int]:
+    """At least how many double and single blocks a model has whose keys are these."""
+    most = {"double": 0, "single": 0}
+    for key in keys:
+        for kind, _, index in _BLOCK.findall(key):
+            side = "single" if kind.startswith("single") else "double"
+            most[side] = max(most[side], int(index[:6]) + 1)
+    return most["double"], most["single"]

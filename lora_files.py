@@ -1,9 +1,11 @@
 """What arrived, judged before anyone sees it: a tar gives up its one LoRA file, and that is safetensors or nothing."""
 
 import hashlib
+import json
 import re
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -15,9 +17,13 @@ from lora_remote import check_space, too_large
 
 KNOWN_NAMES = ("lora.safetensors", "pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 ADAPTER_KEY = re.compile(r"lora|lokr_|hada_|oft_|dora_scale|\.diff(_b)?$", re.IGNORECASE)
+SUFFIX = ".safetensors"
+CONFIG_FILE = "adapter_config.json"  # what PEFT writes beside an adapter's weights
+LARGEST_CONFIG = 1 << 20
 MOST_MEMBERS = 10_000
 LARGEST_READ = 1 << 20  # tarfile reads a long name or a PAX header in one piece, of whatever size it claims
 BLOCK = 1 << 20
+ALIGNMENT = 8  # of the header's end, as safetensors itself writes it
 
 
 def choose_file(names: Sequence[str]) -> str | None:
@@ -31,6 +37,12 @@ def choose_file(names: Sequence[str]) -> str | None:
     return names[0] if len(names) == 1 else None
 
 
+def config_beside(name: str, names: Collection[str]) -> str | None:
+    """PEFT's configuration of the adapter in the file `name`, where it is among `names`."""
+    beside = str(PurePosixPath(name).with_name(CONFIG_FILE))
+    return beside if beside in names else None
+
+
 def is_tar(path: Path) -> bool:
     """By the magic of POSIX and GNU archives."""
     with path.open("rb") as file:
@@ -38,8 +50,8 @@ def is_tar(path: Path) -> bool:
         return file.read(5) == b"ustar"
 
 
-def extract_lora(archive: Path, into: Path, label: str, most_bytes: int, stop: Stop) -> str:
-    """Copy the LoRA file of a tar to `into`, and nothing else; its SHA-256.
+def extract_lora(archive: Path, into: Path, label: str, most_bytes: int, stop: Stop) -> tuple[str, bytes | None]:
+    """Copy the LoRA file of a tar to `into`, and nothing else; its SHA-256, and PEFT's configuration beside it.
 
     A member's name is compared and never used as a path; links, devices and sparse files do not count. Raises
     `LoraError`.
@@ -47,17 +59,22 @@ def extract_lora(archive: Path, into: Path, label: str, most_bytes: int, stop: S
     try:
         with archive.open("rb") as file:
             members = _regular_members(file, label, stop)
-            name = choose_file(list(members))
+            files = [name for name in members if name.lower().endswith(SUFFIX)]
+            name = choose_file(files)
             if name is None:
-                names = ", ".join(sorted(members)[:5])
-                found = f"several .safetensors files ({names})" if members else "no .safetensors file"
+                names = ", ".join(sorted(files)[:5])
+                found = f"several .safetensors files ({names})" if files else "no .safetensors file"
                 raise LoraError(f"{label}: the archive holds {found}; it must hold one, or one named {KNOWN_NAMES[0]}.")
             start, size = members[name]
             if size > most_bytes:
                 raise too_large(f"{label}: {name}", size, most_bytes)
             check_space(into, size)
+            config = None
+            if beside := config_beside(name, members):
+                file.seek(members[beside][0])
+                config = file.read(min(members[beside][1], LARGEST_CONFIG))
             file.seek(start)
-            return _copy(file, size, into, stop, label)
+            return _write(_member(file, size), into, stop, label), config
     except LoraError:
         raise
     except (tarfile.TarError, ValueError, EOFError, OverflowError) as error:
@@ -84,6 +101,19 @@ def check_lora_file(path: Path, label: str) -> None:
         )
 
 
+def add_metadata(path: Path, into: Path, more: Mapping[str, str], label: str, stop: Stop) -> str:
+    """Copy a whole safetensors file to `into`, with `more` metadata; the SHA-256 of that. Raises `LoraError`."""
+    check_space(into, path.stat().st_size)
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        header["__metadata__"] = {**header.get("__metadata__", {}), **more}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % ALIGNMENT)
+        return _write(
+            chain([len(text).to_bytes(8, "little") + text], iter(lambda: file.read(BLOCK), b"")), into, stop, label
+        )
+
+
 class _Reader:
     """A file that gives tarfile small pieces only."""
 
@@ -97,7 +127,7 @@ class _Reader:
 
 
 def _regular_members(file: IO[bytes], label: str, stop: Stop) -> dict[str, tuple[int, int]]:
-    """Where each .safetensors member's bytes are: name -> (start, size)."""
+    """Where the bytes of each member that may matter are: name -> (start, size)."""
     found = {}
     with tarfile.open(fileobj=_Reader(file), mode="r:") as archive:  # type: ignore[call-overload]
         for count, member in enumerate(archive):
@@ -108,24 +138,30 @@ def _regular_members(file: IO[bytes], label: str, stop: Stop) -> dict[str, tuple
                 member.isreg()
                 and not member.issparse()
                 and member.size >= 0
-                and member.name.lower().endswith(".safetensors")
+                and (member.name.lower().endswith(SUFFIX) or PurePosixPath(member.name).name == CONFIG_FILE)
             ):
                 found[member.name] = (member.offset_data, member.size)
     return found
 
 
-def _copy(file: IO[bytes], size: int, into: Path, stop: Stop, label: str) -> str:
+def _member(file: IO[bytes], size: int) -> Iterator[bytes]:
+    while size:
+        block = file.read(min(size, BLOCK))
+        if not block:
+            raise tarfile.ReadError
+        size -= len(block)
+        yield block
+
+
+def _write(blocks: Iterable[bytes], into: Path, stop: Stop, label: str) -> str:
+    """The SHA-256 of what is written."""
     digest = hashlib.sha256()
     try:
         with into.open("wb") as output:
-            while size:
+            for block in blocks:
                 stop.check()
-                block = file.read(min(size, BLOCK))
-                if not block:
-                    raise tarfile.ReadError
                 digest.update(block)
                 output.write(block)
-                size -= len(block)
     except OSError as error:
         raise LoraError(f"{label} cannot be written into LORA_CACHE_DIR: {error.strerror}.") from None
     return digest.hexdigest()

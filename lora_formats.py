@@ -8,7 +8,7 @@ the tensors read, and what is left to go wrong is in their values.
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -99,7 +99,9 @@ def _understand(header: Header, shapes: Shapes, name: str) -> list[_Group]:
         if key.part in group.keys:
             wrong.append(f"{_short(text)} is there twice")
         group.keys[key.part] = text
-        group.shapes[key.part] = entry.shape[:2] if entry.shape[2:] == (1, 1) else entry.shape  # a linear layer saved as a convolution
+        group.shapes[key.part] = (
+            entry.shape[:2] if entry.shape[2:] == (1, 1) else entry.shape
+        )  # a linear layer saved as a convolution
     for group in groups.values():
         wrong += _misfits(group, shapes)
     wrong += _conflicts(groups.values()) + _lost(groups.values())
@@ -132,14 +134,16 @@ def _misfits(group: _Group, shapes: Shapes) -> list[str]:
         elif made != weight:
             wrong.append(f"{stem} is for a weight of {_times(made)}, here it is {_times(weight)}")
     scaled = any(kind.scaled for kind in kinds)
-    fits = {
+    fits: dict[str, Callable[[Shape], bool]] = {
         "alpha": lambda shape: scaled and math.prod(shape) == 1,
         "dora_scale": lambda shape: scaled and magnitude_fits(shape, weight),
         "magnitude": lambda shape: scaled and magnitude_fits(shape, weight) and "dora_scale" not in has,
         "diff_b": lambda shape: () not in biases and shape == weight[:1],
         "up_bias": lambda shape: () not in biases and shape == weight[:1] and "up" in has,
     }
-    return wrong + [f"{_short(group.keys[part])} does not fit" for part in fits if part in has and not fits[part](has[part])]
+    return wrong + [
+        f"{_short(group.keys[part])} does not fit" for part in fits if part in has and not fits[part](has[part])
+    ]
 
 
 def _conflicts(groups: Collection[_Group]) -> list[str]:
@@ -196,7 +200,7 @@ def _updates(
         if part in parts:
             value = parts[part] if part == "diff_b" else parts[part].float() * scale
             counts = [parameters[bias][0] for bias in biases]
-            whole = Full(value.roll(len(value) // 2, 0) if module.swapped else value)
+            whole = Full(value.float().roll(len(value) // 2) if module.swapped else value)
             yield from zip(biases, split(whole, None, tuple(biases), counts), strict=True)
 
 

@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import ModelInfo, RepoSibling
 
-from lora_files import KNOWN_NAMES, choose_file
+from lora_files import KNOWN_NAMES, choose_file, config_beside
 from lora_network import HubDownError, Pace, RetryError, Stop, open_once, open_url, retrying
 from lora_references import CivitaiModel, HuggingFaceRepo, LoraError, ReplicateModel, WebFile
 from lora_remote import NotThereError, Remote, check_answer
@@ -69,14 +69,20 @@ def hugging_face_remote(source: HuggingFaceRepo, settings: Settings, stop: Stop,
     if name not in files:
         raise LoraError(f"{source.label} does not exist: the repo {_file_list(source, files)}.")
     file, commit = files[name], info.sha or source.revision or "main"
+    config = config_beside(name, files)
+
+    def url(name: str) -> str:
+        return hf_hub_url(source.repo, name, revision=commit, endpoint=settings.hf_endpoint)
+
     return Remote(
         source.label,
-        hf_hub_url(source.repo, name, revision=commit, endpoint=settings.hf_endpoint),
+        url(name),
         settings.hf_token or get_token(),
         "HF_TOKEN",
         sha256=file.lfs.sha256 if file.lfs else None,
         size=file.size,
         identity=HuggingFaceRepo(source.repo, commit, name),
+        config=url(config) if config else None,
     )
 
 

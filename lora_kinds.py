@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ class Kind:
 def _product(*shapes: Shape) -> Shape | None:
     """The shape of a product of matrices, None where there is none."""
     fits = all(len(shape) == 2 and 0 not in shape for shape in shapes)
-    fits = fits and all(left[1] == right[0] for left, right in zip(shapes, shapes[1:], strict=False))
+    fits = fits and all(left[1] == right[0] for left, right in pairwise(shapes))
     return (shapes[0][0], shapes[-1][1]) if fits else None
 
 
@@ -79,7 +80,9 @@ KINDS = (
     Kind(
         parts=("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
         shape=_hadamard,
-        build=lambda get, scale: Hadamard(*(get[f"hada_{name}"] for name in ("w1_a", "w1_b", "w2_a", "w2_b")), scale),
+        build=lambda get, scale: Hadamard(
+            get["hada_w1_a"], get["hada_w1_b"], get["hada_w2_a"], get["hada_w2_b"], scale
+        ),
         rank=lambda has: has["hada_w1_b"][0],
     ),
     Kind(  # PEFT's for an embedding, whose weight is [tokens, width]

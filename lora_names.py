@@ -1,4 +1,4 @@
-"""Which weights a key of a LoRA file is about: rules over the two naming dialects, diffusers' and the original FLUX.1's.
+"""Which weights a key of a LoRA file is about: rules over the two naming dialects, diffusers' and the original.
 
 A key is <prefix><module><suffix>. The prefix says which component, the suffix which part of an update; the module is
 named in either dialect, with "." or, where the writer wrote so, with "_". A name with "_" cannot be split by itself

@@ -11,17 +11,17 @@ import warnings
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig
 
+from lora_files import CONFIG_FILE, LARGEST_CONFIG
 from lora_names import TRANSFORMER, Key
 from lora_references import LoraError
 
-CONFIG_FILE = "adapter_config.json"
 DIFFUSERS_ENTRY = "lora_adapter_metadata"
-LARGEST_CONFIG = 1 << 20  # bytes
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # the base of such an adapter is not FLUX.1's own
 MOST_QUANTIFIERS = 3  # in a pattern; more could take for ever to match
 
@@ -30,19 +30,25 @@ class PeftConfigs:
     """What a file's configurations, if it has any, say. Raises `LoraError` for one that cannot be followed."""
 
     def __init__(self, metadata: Mapping[str, str], path: Path, name: str) -> None:
-        beside = path.with_name(CONFIG_FILE)
-        text = metadata.get(CONFIG_FILE)
-        if text is None and beside.is_file() and beside.stat().st_size <= LARGEST_CONFIG:
-            text = beside.read_text(errors="replace")
-        self._beside = _Config(_parse(text, CONFIG_FILE, name), name) if text else None
-        entry = _parse(metadata.get(DIFFUSERS_ENTRY) or "{}", DIFFUSERS_ENTRY, name)
-        self._of_components = {part: _Config(values, name) for part, values in _by_component(entry).items()}
+        self._metadata, self._beside, self._name = metadata, path.with_name(CONFIG_FILE), name
 
     def of(self, key: Key) -> "_Config | None":
         """The configuration that was in force where the key was written."""
-        if key.dialect == "PEFT" and self._beside:
-            return self._beside
+        if key.dialect == "PEFT" and self._of_adapter:
+            return self._of_adapter
         return self._of_components.get(key.module.component)
+
+    @cached_property
+    def _of_adapter(self) -> "_Config | None":
+        text = self._metadata.get(CONFIG_FILE)
+        if text is None and self._beside.is_file() and self._beside.stat().st_size <= LARGEST_CONFIG:
+            text = self._beside.read_text(errors="replace")
+        return None if text is None else _Config(_parse(text, CONFIG_FILE, self._name), self._name)
+
+    @cached_property
+    def _of_components(self) -> "dict[str, _Config]":
+        entry = _parse(self._metadata.get(DIFFUSERS_ENTRY) or "{}", DIFFUSERS_ENTRY, self._name)
+        return {component: _Config(values, self._name) for component, values in _by_component(entry).items()}
 
 
 class _Config:
@@ -51,7 +57,7 @@ class _Config:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of fields that a newer PEFT added
-                config = PeftConfig.from_peft_type(**{"peft_type": "LORA", **values})
+                config = PeftConfig.from_peft_type(**{"peft_type": "LORA", **values})  # type: ignore[no-untyped-call]
             if not isinstance(config, LoraConfig | LoKrConfig | LoHaConfig):
                 raise LoraError(f"{self._about} is for {values.get('peft_type')}, which is not supported.")
             self._follow(config)
@@ -74,10 +80,12 @@ class _Config:
                 f"{self._about} starts from {start!r}, which changes the base model as well: save the adapter with "
                 "PEFT's path_initial_model_for_weight_conversion."
             )
-        variants = [one.name for one in fields(config) if one.metadata.get("is_lora_variant") and one.name != "use_dora"]
-        used = [variant for variant in variants if getattr(config, variant)]
-        if used or start == "mica" or config.layer_replication:
-            raise LoraError(f"{self._about} uses {(used or [start or 'layer_replication'])[0]}, which is not supported.")
+        variants = [
+            one.name for one in fields(config) if one.metadata.get("is_lora_variant") and one.name != "use_dora"
+        ]
+        used = [variant for variant in (*variants, "layer_replication") if getattr(config, variant)]
+        if used or start == "mica":
+            raise LoraError(f"{self._about} uses {', '.join(used) or start}, which is not supported.")
 
     def scale(self, module: str, rank: int | None, alpha: float | None) -> float:
         """What the update of a module counts: alpha / rank, or with rank-stabilised LoRA alpha / sqrt(rank)

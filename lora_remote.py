@@ -27,6 +27,7 @@ class Remote:
     sha256: str | None = None
     size: int | None = None
     identity: Source | None = None  # an immutable name of this very file
+    config: str | None = None  # the address of PEFT's configuration beside it
 
 
 @dataclass(frozen=True)

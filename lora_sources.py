@@ -21,7 +21,7 @@ from typing import Literal, TypeVar
 
 from lora_cache import LoraCache, Record
 from lora_downloads import download
-from lora_files import check_lora_file, extract_lora, is_tar
+from lora_files import CONFIG_FILE, LARGEST_CONFIG, add_metadata, check_lora_file, extract_lora, is_tar
 from lora_hubs import civitai_remote, hugging_face_remote, replicate_remote
 from lora_network import MB, HubDownError, Pace, Stop, open_session
 from lora_references import (
@@ -127,7 +127,7 @@ def _fetch(fetch: _Fetch) -> FetchedLora:
                 log.warning("%s The copy in the LoRA cache is used.", error)
                 return _fetched(cache, known, source, "disk")
             finally:
-                for kind in ("download", "member"):
+                for kind in ("download", "config", "member", "whole"):
                     cache.part(key, kind).unlink(missing_ok=True)
     except OSError as error:
         raise LoraError(f"LORA_CACHE_DIR is {cache.folder}, which cannot be used: {error.strerror}.") from None
@@ -155,25 +155,36 @@ def _ask(fetch: _Fetch, known: Record | None) -> FetchedLora:
             return _fetched(cache, same, source, "disk")
         log.info("%s: fetching", source.label)
         arrived = download(session, remote, part, settings.lora_max_bytes, stop, pace)
+        config = None
+        if arrived and remote.config:
+            file = cache.part(key, "config")
+            about = replace(remote, url=remote.config, sha256=None, size=None, headers={})
+            download(session, about, file, LARGEST_CONFIG, stop, pace)
+            config = file.read_bytes()
     if arrived is None and known is not None:
         return _fetched(cache, known, source, "disk")
     if arrived is None:
         raise LoraError(f"{source.label}: the server says that nothing has changed, but there is nothing yet.")
-    fetched = _keep(fetch, arrived, *keys)
+    fetched = _keep(fetch, arrived, *keys, config=config)
     seconds = time.monotonic() - started
     log.info("%s: fetched %.1f MB in %.1f s", source.label, fetched.path.stat().st_size / MB, seconds)
     return fetched
 
 
-def _keep(fetch: _Fetch, arrived: Arrived, *keys: str) -> FetchedLora:
-    """What arrived, unpacked and checked, into the cache."""
+def _keep(fetch: _Fetch, arrived: Arrived, *keys: str, config: bytes | None = None) -> FetchedLora:
+    """What arrived, unpacked and checked, into the cache; PEFT's configuration goes into the file's own metadata, so
+    that a LoRA is one file."""
     label, cache = fetch.source.label, fetch.cache
     part = cache.part(keys[0], "download")
     if is_tar(part):
         member = cache.part(keys[0], "member")
-        sha256 = extract_lora(part, member, label, fetch.settings.lora_max_bytes, fetch.stop)
+        sha256, config = extract_lora(part, member, label, fetch.settings.lora_max_bytes, fetch.stop)
         part, arrived = member, replace(arrived, sha256=sha256)
     check_lora_file(part, label)
+    if config is not None:
+        whole = cache.part(keys[0], "whole")
+        sha256 = add_metadata(part, whole, {CONFIG_FILE: config.decode(errors="replace")}, label, fetch.stop)
+        part, arrived = whole, replace(arrived, sha256=sha256)
     fetch.stop.check()
     return _fetched(cache, cache.add(part, arrived, *keys), fetch.source, "download")
 

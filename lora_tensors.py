@@ -69,7 +69,7 @@ def read_tensors(path: Path, header: Header, name: str) -> dict[str, Tensor]:
         with path.open("rb") as file:
             data = torch.empty(max(0, path.stat().st_size - header.size), dtype=torch.uint8)
             file.seek(header.size)
-            if file.readinto(data.numpy()) != len(data):  # type: ignore[attr-defined] # it is a buffer
+            if file.readinto(data.numpy().data) != len(data):
                 raise OSError("it changed while it was read")
         return {key: _view(data[one.start : one.stop], one) for key, one in header.entries.items()}
     except (OSError, RuntimeError) as error:

@@ -1,8 +1,8 @@
 """What a LoRA does to one weight: the kinds of update there are, and the difference that each makes.
 
 Every kind is a function of the pristine weight W and gives `difference`: what it adds to W at strength 1, float32. At
-strength s the weight is W + s * difference, for several LoRAs W + the sum of theirs, each computed from W alone. Factors
-keep the dtype of their file; they are computed with in float32.
+strength s the weight is W + s * difference, for several LoRAs W + the sum of theirs, each computed from W alone.
+Factors keep the dtype of their file; they are computed with in float32.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -35,26 +35,26 @@ def _tensors_in(value: object) -> Iterator[Tensor]:
 
 @dataclass(frozen=True)
 class LowRank(_Factors):
-    """scale * up @ down, for up [out, rank] and down [rank, in] (LoRA, arXiv:2106.09685); scale is alpha / rank or so."""
+    """scale * up @ down, up [out, rank], down [rank, in] (LoRA, arXiv:2106.09685); scale is alpha / rank or so."""
 
     up: Tensor
     down: Tensor
     scale: float
 
-    def difference(self, base: Base) -> Tensor:  # noqa: ARG002 - of W's values only DoRA makes use
+    def difference(self, base: Base) -> Tensor:
         return (self.scale * self.up.float()) @ self.down.float()
 
 
 @dataclass(frozen=True)
 class Kronecker(_Factors):
-    """scale * kron(w1, w2), or some rows of it (LoKr, arXiv:2309.14859). A factor is a matrix or a product of matrices."""
+    """scale * kron(w1, w2), or some rows of it (LoKr, arXiv:2309.14859). A factor is a matrix or a product."""
 
     w1: tuple[Tensor, ...]  # [a, b], or [a, rank] and [rank, b]
     w2: tuple[Tensor, ...]  # [c, d], or [c, rank] and [rank, d]
     scale: float
     rows: Tensor | None = None  # int64 [out]: which of the a * c rows; None: all
 
-    def difference(self, base: Base) -> Tensor:  # noqa: ARG002
+    def difference(self, base: Base) -> Tensor:
         w1, w2 = _product(self.w1) * self.scale, _product(self.w2)
         if self.rows is None:
             return torch.kron(w1, w2)
@@ -72,7 +72,7 @@ class Hadamard(_Factors):
     w2_b: Tensor
     scale: float
 
-    def difference(self, base: Base) -> Tensor:  # noqa: ARG002
+    def difference(self, base: Base) -> Tensor:
         first = (self.scale * self.w1_a.float()) @ self.w1_b.float()
         return first.mul_(self.w2_a.float() @ self.w2_b.float())
 
@@ -83,7 +83,7 @@ class Full(_Factors):
 
     value: Tensor
 
-    def difference(self, base: Base) -> Tensor:  # noqa: ARG002
+    def difference(self, base: Base) -> Tensor:
         return self.value.float()
 
 

@@ -110,7 +110,13 @@ def file_modules(shapes: Shapes, dialect: str) -> Iterator[FileModule]:
 
 
 def _linear(name: str, shape: torch.Size) -> bool:
-    return name.endswith(".weight") and len(shape) == 2 and "embedding" not in name and "shared" not in name and "bias" not in name
+    return (
+        name.endswith(".weight")
+        and len(shape) == 2
+        and "embedding" not in name
+        and "shared" not in name
+        and "bias" not in name
+    )
 
 
 def original_modules(shapes: Shapes, xlabs: bool = False) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -192,7 +198,9 @@ def _add(
         parts = {"lokr_w1": draw(a, b), "lokr_w2": draw(out // a, width // b)}
         delta = torch.kron(parts["lokr_w1"].double(), parts["lokr_w2"].double())
     elif kind == "loha":
-        parts = {f"hada_w{i}_{side}": draw(out, rank) if side == "a" else draw(rank, width) for i in "12" for side in "ab"}
+        parts = {
+            f"hada_w{i}_{side}": draw(out, rank) if side == "a" else draw(rank, width) for i in "12" for side in "ab"
+        }
         first, second = (parts[f"hada_w{i}_a"].double() @ parts[f"hada_w{i}_b"].double() for i in "12")
         delta = first * second
     else:
