@@ -99,9 +99,9 @@ def _understand(header: Header, shapes: Shapes, name: str) -> list[_Group]:
         if key.part in group.keys:
             wrong.append(f"{_short(text)} is there twice")
         group.keys[key.part] = text
-        group.shapes[key.part] = (
-            entry.shape[:2] if entry.shape[2:] == (1, 1) else entry.shape
-        )  # a linear layer saved as a convolution
+        shape = entry.shape
+        group.shapes[key.part] = shape[:2] if shape[2:] == (1, 1) else shape  # a linear layer saved as a convolution
+    _rename_whole_differences(groups.values())
     for group in groups.values():
         wrong += _misfits(group, shapes)
     wrong += _conflicts(groups.values()) + _lost(groups.values())
@@ -112,6 +112,15 @@ def _understand(header: Header, shapes: Shapes, name: str) -> list[_Group]:
     if unknown:
         raise LoraError(f"{name} is not a LoRA for this model: nothing here is called {_some(unknown)}.")
     raise LoraError(f"{name} cannot be used: {_some(wrong) or 'it is empty'}.")
+
+
+def _rename_whole_differences(groups: Collection[_Group]) -> None:
+    """ai-toolkit's "fullrank" network calls whole differences lora_A, and there is no lora_B in all the file."""
+    if any(part in group.keys for group in groups for part in ("up", "alpha")):
+        return
+    for group in groups:
+        if "down" in group.keys:
+            group.keys["diff"], group.shapes["diff"] = group.keys.pop("down"), group.shapes.pop("down")
 
 
 def _misfits(group: _Group, shapes: Shapes) -> list[str]:
@@ -160,7 +169,8 @@ def _conflicts(groups: Collection[_Group]) -> list[str]:
 
 
 def _lost(groups: Collection[_Group]) -> list[str]:
-    """Modules without what all others of the same writer have: without it they would count differently."""
+    """Modules without what all others of the same writer have: without it they would count differently. Nor does a
+    writer take DoRA's norms along the rows here and along the columns there."""
     alike: dict[tuple[str, str], list[_Group]] = defaultdict(list)
     for group in groups:
         if any(kind.scaled for kind in group.kinds):
@@ -172,6 +182,9 @@ def _lost(groups: Collection[_Group]) -> list[str]:
             if counts[part]:
                 lacking = [group for group in many if part not in group.keys and not (part == "alpha" and group.whole)]
                 wrong += [f"{_short(group.key.stem)} has no {part}, as others have" for group in lacking]
+        columns = [group for group in many if group.shapes.get("dora_scale", (0,))[0] == 1]
+        if columns and len(columns) < counts["dora_scale"]:
+            wrong.append(f"{_short(columns[0].key.stem)} has a dora_scale along another side than others")
     return wrong
 
 

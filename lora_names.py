@@ -133,7 +133,8 @@ class Names:
         if part is None:
             return None
         for component, name, dialect in _without_prefix(stem):
-            if module := self._modules.get(component, {}).get(name):
+            modules = self._modules.get(component, {})
+            if module := modules.get(name) or modules.get(name.replace(".processor.", ".")):  # diffusers' before PEFT
                 return Key(module, part, stem, name, dialect)
         return None
 
@@ -170,6 +171,7 @@ def _spellings(component: str, parameters: tuple[str, ...]) -> Mapping[str, Modu
         named |= {name.removesuffix(".0"): named[name] for name in modules if name.endswith(".to_out.0")}
     elif component == CLIP:  # transformers 5 took a level out of its names
         short = {name.removeprefix("text_model."): module for name, module in named.items()}
+        short |= {re.sub(r"attn\.(\w+)_proj$", r"attn.to_\1", name): module for name, module in short.items()}
         named = short | {f"text_model.{name}": module for name, module in short.items()}
     elif "shared" in named:  # one tensor under two names
         named["encoder.embed_tokens"] = named["shared"]

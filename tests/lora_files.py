@@ -26,8 +26,11 @@ class LoraFile:
     metadata: dict[str, str] = field(default_factory=dict)
     makes: dict[tuple[str, str], Difference] = field(default_factory=dict)  # (component, parameter's name)
 
+    def __or__(self, other: "LoraFile") -> "LoraFile":
+        return LoraFile(self.tensors | other.tensors, self.metadata | other.metadata, self.makes | other.makes)
+
     def save(self, path: Path) -> Path:
-        save_file({key: tensor.contiguous() for key, tensor in self.tensors.items()}, path, self.metadata)
+        save_file({key: tensor.clone() for key, tensor in self.tensors.items()}, path, self.metadata)
         return path
 
 
@@ -76,9 +79,10 @@ def make_lora(
     def draw(*shape: int, size: float = 0.3) -> Tensor:
         return (torch.randn(*shape, generator=random) * size).to(dtype)
 
+    how = _Writing(shapes, dialect, kind, rank, alpha, draw)
     for module in file_modules(shapes, dialect):
         if re.search(only, module.stem):
-            _add(file, module, shapes, kind, dialect, rank, alpha, draw)
+            _add(file, module, how)
     return file
 
 
@@ -166,70 +170,84 @@ def original_modules(shapes: Shapes, xlabs: bool = False) -> Iterator[tuple[str,
             yield there + ".out_layer", (f"time_text_embed.{here}_embedder.linear_2",)
 
 
-def _add(
-    file: LoraFile,
-    module: FileModule,
-    shapes: Shapes,
-    kind: str,
-    dialect: str,
-    rank: int,
-    alpha: float | None,
-    draw: Callable[..., Tensor],
-) -> None:
+@dataclass(frozen=True)
+class _Writing:
+    """How the modules of a file are written."""
+
+    shapes: Shapes
+    dialect: str
+    kind: str
+    rank: int
+    alpha: float | None
+    draw: Callable[..., Tensor]
+
+
+def _add(file: LoraFile, module: FileModule, how: _Writing) -> None:
     weights = [f"{name}.weight" for name in module.names]
-    counts = [shapes[module.component][weight][0] for weight in weights]
-    out, width = sum(counts), shapes[module.component][weights[0]][1]
-    a = next(divisor for divisor in (4, 2, 1) if out % divisor == 0)
-    b = next(divisor for divisor in (4, 2, 1) if width % divisor == 0)
-    parts: dict[str, Tensor] = {}
-    if kind == "lora" or kind.startswith("dora"):
-        down, up = SUFFIXES.get(dialect, ("lora_A.weight", "lora_B.weight"))
-        parts = {down: draw(rank, width), up: draw(out, rank)}
-        delta = parts[up].double() @ parts[down].double()
-    elif kind == "lokr":
-        parts = {"lokr_w1": draw(a, b), "lokr_w2_a": draw(out // a, rank), "lokr_w2_b": draw(rank, width // b)}
-        delta = torch.kron(parts["lokr_w1"].double(), parts["lokr_w2_a"].double() @ parts["lokr_w2_b"].double())
-    elif kind == "lokr_both":
-        parts = {"lokr_w1_a": draw(a, rank), "lokr_w1_b": draw(rank, b)}
-        parts |= {"lokr_w2_a": draw(out // a, rank), "lokr_w2_b": draw(rank, width // b)}
-        first, second = (parts[f"lokr_w{i}_a"].double() @ parts[f"lokr_w{i}_b"].double() for i in (1, 2))
-        delta = torch.kron(first, second)
-    elif kind == "lokr_whole":
-        parts = {"lokr_w1": draw(a, b), "lokr_w2": draw(out // a, width // b)}
-        delta = torch.kron(parts["lokr_w1"].double(), parts["lokr_w2"].double())
-    elif kind == "loha":
-        parts = {
-            f"hada_w{i}_{side}": draw(out, rank) if side == "a" else draw(rank, width) for i in "12" for side in "ab"
-        }
-        first, second = (parts[f"hada_w{i}_a"].double() @ parts[f"hada_w{i}_b"].double() for i in "12")
-        delta = first * second
-    else:
-        parts = {"diff": draw(out, width)}
-        delta = parts["diff"].double()
-    if alpha is not None and kind != "diff":
-        parts["alpha"] = torch.full_like(next(iter(parts.values()))[0, 0], alpha)
-        delta *= 1.0 if kind == "lokr_whole" else parts["alpha"].double() / rank
+    counts = [how.shapes[module.component][weight][0] for weight in weights]
+    out, width = sum(counts), how.shapes[module.component][weights[0]][1]
+    parts = _parts(how, out, width)
+    if how.alpha is not None and how.kind != "diff":
+        parts["alpha"] = torch.full_like(next(iter(parts.values()))[0, 0], how.alpha)
     magnitude = None
-    if kind.startswith("dora"):
-        shape = {"dora_out": (out, 1), "dora_in": (1, width), "dora_peft": (out,)}[kind]
-        magnitude = draw(*shape).abs() + 0.5
-        parts["lora_magnitude_vector" if kind == "dora_peft" else "dora_scale"] = magnitude
-        magnitude = magnitude.double().reshape(-1, 1) if kind == "dora_peft" else magnitude.double()
-    for part, tensor in parts.items():
-        file.tensors[f"{module.stem}.{part}"] = tensor
+    if how.kind.startswith("dora"):
+        shape = {"dora_out": (out, 1), "dora_in": (1, width), "dora_peft": (out,)}[how.kind]
+        magnitude = how.draw(*shape).float().abs() + 0.5
+        parts["lora_magnitude_vector" if how.kind == "dora_peft" else "dora_scale"] = magnitude
+        magnitude = magnitude.double().reshape(-1, 1) if how.kind == "dora_peft" else magnitude.double()
+    file.tensors |= {f"{module.stem}.{part}": tensor for part, tensor in parts.items()}
 
     def whole(base: Base) -> Tensor:
+        """The difference of all rows, in the order of the model."""
+        swap = _swap if module.swapped else torch.clone
+        delta = _unscaled(how, parts)
+        if "alpha" in parts and how.kind != "lokr_whole":
+            delta = delta * parts["alpha"].double() / how.rank
         if magnitude is None:
-            return _swap(delta) if module.swapped else delta
-        weight = torch.cat([base(module.component, weight).double() for weight in weights])
-        weight = _swap(weight) if module.swapped else weight
+            return swap(delta)
+        weight = swap(torch.cat([base(module.component, weight).double() for weight in weights]))
         new = weight + delta
-        new = magnitude * new / new.norm(dim=1 if magnitude.shape[1] == 1 else 0, keepdim=True)
-        return _swap(new - weight) if module.swapped else new - weight
+        norm = torch.linalg.vector_norm(new, dim=1 if magnitude.shape[1] == 1 else 0, keepdim=True)
+        return swap(magnitude * new / norm - weight)
 
-    starts = [sum(counts[:i]) for i in range(len(counts))]
-    for weight, start, count in zip(weights, starts, counts, strict=True):
-        file.makes[module.component, weight] = lambda base, start=start, count=count: whole(base)[start : start + count]
+    for i, weight in enumerate(weights):
+        rows = slice(sum(counts[:i]), sum(counts[: i + 1]))
+        file.makes[module.component, weight] = lambda base, rows=rows: whole(base)[rows]
+
+
+def _parts(how: _Writing, out: int, width: int) -> dict[str, Tensor]:
+    """The tensors of one module, without alpha and magnitude."""
+    draw, rank = how.draw, how.rank
+    if how.kind == "diff":
+        return {"diff": draw(out, width)}
+    if how.kind == "loha":
+        return {f"hada_w{i}_a": draw(out, rank) for i in "12"} | {f"hada_w{i}_b": draw(rank, width) for i in "12"}
+    if not how.kind.startswith("lokr"):
+        down, up = SUFFIXES.get(how.dialect, ("lora_A.weight", "lora_B.weight"))
+        return {down: draw(rank, width), up: draw(out, rank)}
+    a, b = (next(divisor for divisor in (4, 2, 1) if size % divisor == 0) for size in (out, width))
+    parts = {"lokr_w1": draw(a, b), "lokr_w2": draw(out // a, width // b)}
+    for side in {"lokr": ["lokr_w2"], "lokr_both": ["lokr_w1", "lokr_w2"]}.get(how.kind, []):
+        rows, columns = parts.pop(side).shape
+        parts |= {f"{side}_a": draw(rows, rank), f"{side}_b": draw(rank, columns)}
+    return parts
+
+
+def _unscaled(how: _Writing, parts: dict[str, Tensor]) -> Tensor:
+    if how.kind == "diff":
+        return parts["diff"].double()
+    if how.kind == "loha":
+        return _multiplied(parts, "hada_w1") * _multiplied(parts, "hada_w2")
+    if how.kind.startswith("lokr"):
+        return torch.kron(_multiplied(parts, "lokr_w1"), _multiplied(parts, "lokr_w2"))
+    down, up = SUFFIXES.get(how.dialect, ("lora_A.weight", "lora_B.weight"))
+    return parts[up].double() @ parts[down].double()
+
+
+def _multiplied(parts: dict[str, Tensor], side: str) -> Tensor:
+    if side in parts:
+        return parts[side].double()
+    return parts[f"{side}_a"].double() @ parts[f"{side}_b"].double()
 
 
 SUFFIXES = {

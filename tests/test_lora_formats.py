@@ -1,54 +1,93 @@
 """Any program's LoRA file becomes the same updates; what is no LoRA for this model is refused by name."""
 
+import json
+import re
+from collections.abc import Callable
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from lycoris.modules.locon import LoConModule
+from lycoris.modules.loha import LohaModule
+from lycoris.modules.lokr import LokrModule
+from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from lora_formats import LoraUpdates, read_lora
 from lora_names import Shapes
-from tests.lora_files import DIALECTS, KINDS, Base, LoraFile, base_of, make_lora, shapes_of
+from lora_references import LoraError
+from lora_updates import LowRank
+from tests.lora_files import DIALECTS, KINDS, Base, FileModule, LoraFile, base_of, file_modules, make_lora, shapes_of
 
-WIDTH = 16
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
+SOME = r"[bB]locks?[._]1[._]|final_layer|norm_out|img_in"  # enough of a file to go wrong
+
+Models = dict[str, torch.nn.Module]
+Read = Callable[[LoraFile], LoraUpdates]
 
 
-@pytest.fixture(scope="module")
-def models() -> dict[str, torch.nn.Module]:
-    """As deep as FLUX.1-dev, so that every key of a real file has a home, and as narrow as can be."""
-    torch.manual_seed(0)
+def new_models(doubles: int, singles: int, *, width: int = 16, guidance: bool = True) -> Models:
     transformer = FluxTransformer2DModel(
         in_channels=64,
-        num_layers=19,
-        num_single_layers=38,
-        attention_head_dim=WIDTH // 2,
+        num_layers=doubles,
+        num_single_layers=singles,
+        attention_head_dim=width // 2,
         num_attention_heads=2,
         joint_attention_dim=24,
         pooled_projection_dim=12,
-        guidance_embeds=True,
-        axes_dims_rope=(2, 2, 4),
+        guidance_embeds=guidance,
+        axes_dims_rope=(width // 2 - 4, 2, 2),
     )
     clip = CLIPTextConfig(
-        vocab_size=10, hidden_size=12, intermediate_size=48, num_hidden_layers=12, num_attention_heads=2
+        vocab_size=9, hidden_size=12, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2
     )
-    t5 = T5Config(
-        vocab_size=10, d_model=24, d_ff=60, d_kv=12, num_heads=2, num_layers=24, feed_forward_proj="gated-gelu"
-    )
+    t5 = T5Config(vocab_size=9, d_model=24, d_ff=60, d_kv=12, num_heads=2, num_layers=2, feed_forward_proj="gated-gelu")
     return {"transformer": transformer, "text_encoder": CLIPTextModel(clip), "text_encoder_2": T5EncoderModel(t5)}
 
 
 @pytest.fixture(scope="module")
-def shapes(models: dict[str, torch.nn.Module]) -> Shapes:
+def models() -> Models:
+    torch.manual_seed(0)
+    return new_models(2, 2)
+
+
+@pytest.fixture(scope="module")
+def shapes(models: Models) -> Shapes:
     return shapes_of(**models)
 
 
 @pytest.fixture(scope="module")
-def base(models: dict[str, torch.nn.Module]) -> Base:
+def base(models: Models) -> Base:
     return base_of(**models)
 
 
-def differences(lora: LoraUpdates, base: Base) -> dict[tuple[str, str], torch.Tensor]:
+@pytest.fixture(scope="module")
+def flux_shapes() -> Shapes:
+    """FLUX.1-dev's own, to the last block."""
+    with torch.device("meta"):
+        return shapes_of(
+            transformer=FluxTransformer2DModel(guidance_embeds=True),
+            text_encoder=CLIPTextModel(CLIPTextConfig(num_hidden_layers=12, hidden_size=768, intermediate_size=3072)),
+            text_encoder_2=T5EncoderModel(
+                T5Config(d_model=64, d_ff=160, num_layers=24, feed_forward_proj="gated-gelu")
+            ),
+        )
+
+
+@pytest.fixture(scope="module")
+def read(shapes: Shapes, tmp_path_factory: pytest.TempPathFactory) -> Read:
+    folder = tmp_path_factory.mktemp("loras")
+    return lambda file: read_lora(file.save(folder / "lora.safetensors"), shapes, "acme/lora")
+
+
+def differences(lora: LoraUpdates, base: Base) -> dict[tuple[str, str], Tensor]:
     return {
         (component, name): sum(update.difference(lambda one, c=component: base(c, one)) for update in updates)
         for component, named in lora.updates.items()
@@ -60,16 +99,525 @@ def assert_makes(lora: LoraUpdates, file: LoraFile, base: Base) -> None:
     found = differences(lora, base)
     assert found.keys() == file.makes.keys()
     for where, difference in found.items():
-        expected = file.makes[where](base)
-        torch.testing.assert_close(difference.double(), expected, rtol=1e-4, atol=1e-5, msg=str(where))
+        assert difference.shape == base(*where).shape
+        torch.testing.assert_close(difference.double(), file.makes[where](base), rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dialect", DIALECTS)
-def test_every_dialect_and_kind_becomes_what_its_formula_says(
-    dialect: str, kind: str, shapes: Shapes, base: Base, tmp_path: Path
+# What each program writes
+
+
+@pytest.mark.parametrize(("dialect", "kind"), list(product(DIALECTS, KINDS)))
+def test_every_dialect_and_kind_is_what_its_formula_says(
+    dialect: str, kind: str, shapes: Shapes, base: Base, read: Read
 ) -> None:
     file = make_lora(shapes, dialect, kind)
-    lora = read_lora(file.save(tmp_path / "lora.safetensors"), shapes, "it")
+    lora = read(file)
     assert lora.dialect == dialect
     assert_makes(lora, file, base)
+
+
+@pytest.mark.parametrize("dialect", [name for name in DIALECTS if name != "XLabs"])
+def test_every_key_of_a_real_file_has_a_home(dialect: str, tmp_path: Path) -> None:
+    shapes = shapes_of(**new_models(19, 38, width=8))
+    file = make_lora(shapes, dialect, rank=1)
+    lora = read_lora(file.save(tmp_path / "lora.safetensors"), shapes, "it")
+    linear = {
+        (component, name)
+        for component, named in shapes.items()
+        for name, shape in named.items()
+        if len(shape) == 2 and not re.search("embedding|shared|relative", name)
+    }
+    found = {(component, name) for component, named in lora.updates.items() for name in named}
+    assert found == {one for one in linear if one[0] in lora.updates}
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    dialect=st.sampled_from(DIALECTS),
+    kind=st.sampled_from(KINDS),
+    dtype=st.sampled_from(DTYPES),
+    rank=st.sampled_from([1, 3, 4, 17]),
+    alpha=st.sampled_from([None, 0.5, 1.0, 12.0, -4.0]),
+    seed=st.integers(0, 99),
+)
+def test_any_dtype_rank_and_alpha(
+    shapes: Shapes,
+    base: Base,
+    read: Read,
+    dialect: str,
+    kind: str,
+    dtype: torch.dtype,
+    rank: int,
+    alpha: float,
+    seed: int,
+) -> None:
+    file = make_lora(shapes, dialect, kind, rank=rank, alpha=alpha, dtype=dtype, seed=seed, only=SOME)
+    assert_makes(read(file), file, base)
+
+
+def test_files_of_several_writers_and_ranks(shapes: Shapes, base: Base, read: Read) -> None:
+    file = make_lora(shapes, "kohya", only="double", rank=2) | make_lora(
+        shapes, "diffusers", only=r"\.q_proj|SelfAttention"
+    )
+    file |= make_lora(shapes, "bare", "lokr", only="single_blocks.0.l")
+    file |= make_lora(shapes, "diffusers", only="blocks.1.proj_out", rank=7)
+    lora = read(file)
+    assert lora.dialect == "kohya + bare + diffusers"
+    assert_makes(lora, file, base)
+
+
+RENAMED = [
+    ("diffusers", r"\.lora_([AB])\.weight", r".lora_\1.default.weight"),
+    ("diffusers", r"\.lora_A\.", ".lora_down."),
+    ("diffusers", r"^transformer\.", "unet."),
+    ("diffusers", r"^text_encoder\.text_model\.", "text_encoder."),
+    ("diffusers", r"\.lora_A\.", ".lora.down."),
+    ("diffusers", r"\.lora_A\.", ".lora_linear_layer.down."),
+    (
+        "diffusers",
+        r"\.to_out\.0\.lora_([AB])\.",
+        lambda match: ".processor.to_out_lora" + {"A": ".down.", "B": ".up."}[match[1]],
+    ),
+    ("PEFT", r"^base_model\.model\.", "base_model.model.transformer."),
+    ("PEFT", r"^base_model\.model\.", "transformer.base_model.model."),
+    ("ComfyUI", r"^diffusion_model\.", "model.diffusion_model."),
+    ("ComfyUI", r"^diffusion_model\.", "base_model.model."),
+    ("kohya", r"^lora_te1_", "lora_te_"),
+    ("kohya", r"\.lora_(up|down)\.", lambda match: {"up": ".lora_B.", "down": ".lora_A."}[match[1]]),
+    ("LyCORIS", r"^lycoris_", "lora_unet_"),
+    ("XLabs", r"^", "diffusion_model."),
+]
+
+
+@pytest.mark.parametrize(("dialect", "pattern", "by"), RENAMED)
+def test_names_that_older_and_other_programs_write(
+    dialect: str, pattern: str, by: Any, shapes: Shapes, base: Base, read: Read
+) -> None:
+    file = make_lora(shapes, dialect)
+    renamed = {re.sub(pattern, by, key): tensor for key, tensor in file.tensors.items()}
+    assert renamed.keys() != file.tensors.keys()
+    file.tensors = renamed
+    assert_makes(read(file), file, base)
+
+
+def test_biases_norms_and_embeddings(base: Base, read: Read) -> None:
+    draw = torch.Generator().manual_seed(0)
+    ups = {"a": torch.randn(48, 2, generator=draw), "b": torch.randn(32, 2, generator=draw)}
+    downs = {"a": torch.randn(2, 16, generator=draw), "b": torch.randn(2, 16, generator=draw)}
+    bias, swapped, norm = (
+        torch.randn(48, generator=draw),
+        torch.randn(32, generator=draw),
+        torch.randn(8, generator=draw),
+    )
+    column, tokens = torch.randn(2, 24, generator=draw), torch.randn(2, 9, generator=draw)
+    qkv, final, query = "double_blocks.1.img_attn.qkv", "final_layer.adaLN_modulation.1", "attn.norm_added_q"
+    lora = read(
+        LoraFile(
+            {
+                f"diffusion_model.{qkv}.lora_A.weight": downs["a"],
+                f"diffusion_model.{qkv}.lora_B.weight": ups["a"],
+                f"diffusion_model.{qkv}.lora_B.bias": bias,
+                f"diffusion_model.{qkv}.alpha": torch.tensor([1]),
+                "lora_unet_" + final.replace(".", "_") + ".lora_down.weight": downs["b"],
+                "lora_unet_" + final.replace(".", "_") + ".lora_up.weight": ups["b"],
+                "lora_unet_" + final.replace(".", "_") + ".diff_b": swapped,
+                "lycoris_double_blocks_0_txt_attn_norm_query_norm.w_norm": norm,
+                "text_encoder_2.encoder.embed_tokens.lora_embedding_A": tokens,
+                "text_encoder_2.encoder.embed_tokens.lora_embedding_B": column.T.contiguous(),
+            }
+        )
+    )
+    found = differences(lora, base)
+    expected = {
+        ("transformer", "norm_out.linear.weight"): (ups["b"] @ downs["b"]).roll(16, 0),
+        ("transformer", "norm_out.linear.bias"): swapped.roll(16),
+        ("transformer", f"transformer_blocks.0.{query}.weight"): norm,
+        ("text_encoder_2", "shared.weight"): (column.T @ tokens).T,
+    }
+    for i, name in enumerate(("to_q", "to_k", "to_v")):
+        rows = slice(16 * i, 16 * (i + 1))
+        expected["transformer", f"transformer_blocks.1.attn.{name}.weight"] = (ups["a"] @ downs["a"])[rows] / 2
+        expected["transformer", f"transformer_blocks.1.attn.{name}.bias"] = bias[rows] / 2
+    assert found.keys() == expected.keys()
+    for where, difference in expected.items():
+        torch.testing.assert_close(found[where], difference)
+
+
+def test_whole_differences_that_ai_toolkit_names_as_factors(shapes: Shapes, base: Base, read: Read) -> None:
+    file = make_lora(shapes, "ComfyUI", "diff", only="blocks")
+    file.tensors = {key.replace(".diff", ".lora_A.weight"): tensor for key, tensor in file.tensors.items()}
+    assert_makes(read(file), file, base)
+
+
+def test_the_tensors_do_not_need_the_file(shapes: Shapes, base: Base, tmp_path: Path) -> None:
+    file = make_lora(shapes, "kohya", only=SOME)
+    path = file.save(tmp_path / "lora.safetensors")
+    lora = read_lora(path, shapes, "it")
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    path.unlink()
+    assert_makes(lora, file, base)
+
+
+# Other programs' own readings
+
+
+def probed(lora: LoraUpdates) -> dict[tuple[str, str], Tensor]:
+    """Each difference times a vector: matrices of the real size never exist."""
+    found = {}
+    for component, named in lora.updates.items():
+        for name, (update,) in named.items():
+            assert isinstance(update, LowRank)
+            vector = torch.linspace(-1, 1, update.down.shape[1])
+            found[component, name] = update.scale * update.up.float() @ (update.down.float() @ vector)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("dialect", "only", "renamed"),
+    [
+        ("kohya", "lora_unet|lora_te1", None),
+        ("OneTrainer", "attn|embedder", None),  # diffusers takes the rest for the block itself
+        ("XLabs", "", None),
+        ("ComfyUI", "blocks", (r"\.lora_([AB])\.", lambda match: {"A": ".lora_down.", "B": ".lora_up."}[match[1]])),
+        ("ComfyUI", "blocks|final_layer.linear", (r"^diffusion_model\.", "base_model.model.")),  # fal
+        ("diffusers", "^transformer", None),
+    ],
+)
+def test_diffusers_reads_the_same(
+    dialect: str, only: str, renamed: tuple[str, Any] | None, flux_shapes: Shapes, tmp_path: Path
+) -> None:
+    file = make_lora(flux_shapes, dialect, rank=2, only=only)
+    if renamed:
+        file.tensors = {re.sub(*renamed, key): tensor for key, tensor in file.tensors.items()}
+    for key, tensor in file.tensors.items():
+        if "final_layer" in key and key.endswith(".alpha"):
+            tensor.fill_(2)  # diffusers leaves it unread
+    ours = probed(read_lora(file.save(tmp_path / "ours.safetensors"), flux_shapes, "it"))
+    converted = FluxPipeline.lora_state_dict(dict(file.tensors))
+    theirs = probed(read_lora(LoraFile(converted).save(tmp_path / "theirs.safetensors"), flux_shapes, "it"))
+    assert ours.keys() == theirs.keys()
+    for where, vector in theirs.items():
+        torch.testing.assert_close(ours[where], vector, rtol=1e-4, atol=1e-4)
+
+
+TARGETS = ["to_q", "to_k", "add_v_proj", "proj_mlp", "norm.linear", "net.2"]
+PATTERNS = {"rank_pattern": {"to_k": 5, "transformer_blocks.1.attn.to_q": 2}, "alpha_pattern": {"to_k": 3, "net.2": 9}}
+PEFT_CONFIGS = {
+    "plain": LoraConfig(r=4, lora_alpha=2, target_modules=TARGETS),
+    "patterns": LoraConfig(r=4, lora_alpha=2, target_modules=TARGETS, **PATTERNS),
+    "rank-stabilised": LoraConfig(r=4, lora_alpha=3, target_modules=TARGETS, use_rslora=True, **PATTERNS),
+    "DoRA": LoraConfig(r=4, lora_alpha=2, target_modules=TARGETS, use_dora=True, **PATTERNS),
+    "biases": LoraConfig(r=4, lora_alpha=2, target_modules=TARGETS, lora_bias=True),
+    "LoKr": LoKrConfig(r=4, alpha=2, target_modules=TARGETS),
+    "whole LoKr": LoKrConfig(r=64, alpha=16, target_modules=TARGETS),
+    "LoHa": LoHaConfig(r=4, alpha=2, target_modules=TARGETS, **PATTERNS),
+}
+
+
+@pytest.mark.parametrize("way", ["adapter_config.json", "metadata", "metadata of a component"])
+@pytest.mark.parametrize("name", PEFT_CONFIGS)
+def test_peft_merges_the_same(name: str, way: str, models: Models, shapes: Shapes, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    model = new_models(2, 2)["transformer"]
+    base = base_of(transformer=new_models(2, 2)["transformer"])
+    model.load_state_dict({name: base("transformer", name) for name, _ in model.named_parameters()})
+    config = PEFT_CONFIGS[name]
+    if way == "adapter_config.json":
+        adapted = get_peft_model(model, config)
+        layers = randomised_layers(model)
+        adapted.save_pretrained(tmp_path)
+        path = tmp_path / "adapter_model.safetensors"
+    else:
+        model.add_adapter(config)
+        layers = randomised_layers(model)
+        path = tmp_path / "pytorch_lora_weights.safetensors"
+        if way == "metadata":
+            model.save_lora_adapter(tmp_path)
+        else:
+            from diffusers.training_utils import _collate_lora_metadata
+            from peft.utils import get_peft_model_state_dict
+
+            metadata = _collate_lora_metadata({"transformer": model})
+            FluxPipeline.save_lora_weights(tmp_path, get_peft_model_state_dict(model), **metadata)
+    found = differences(read_lora(path, shapes, "it"), base)
+    for layer in layers.values():
+        layer.merge()
+    merged = {
+        (layer_name.removeprefix("base_model.model.") + f".{parameter}"): value
+        for layer_name, layer in layers.items()
+        for parameter, value in layer.get_base_layer().named_parameters()
+    }
+    changed = {name for name, value in merged.items() if not torch.equal(value, base("transformer", name))}
+    assert changed == {name for _, name in found}
+    for (_, parameter), difference in found.items():
+        torch.testing.assert_close(base("transformer", parameter) + difference, merged[parameter], rtol=1e-4, atol=1e-5)
+
+
+def randomised_layers(model: torch.nn.Module) -> dict[str, BaseTunerLayer]:
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)}
+    with torch.no_grad():
+        for layer in layers.values():
+            for name, parameter in layer.named_parameters():
+                if "base_layer" not in name:
+                    parameter.copy_(torch.rand_like(parameter) * 0.5 + 0.1)
+    return layers
+
+
+LYCORIS = {
+    "LoCon": (LoConModule, {"lora_dim": 2, "alpha": 1}),
+    "LoKr": (LokrModule, {"lora_dim": 2, "alpha": 1, "factor": 4}),
+    "LoKr, both sides factored": (LokrModule, {"lora_dim": 1, "alpha": 3, "factor": 4, "decompose_both": True}),
+    "LoKr, whole matrices": (LokrModule, {"lora_dim": 9, "alpha": 2, "factor": 2, "full_matrix": True}),
+    "LoCon, rank-stabilised": (LoConModule, {"lora_dim": 2, "alpha": 1, "rs_lora": True}),
+    "LoHa": (LohaModule, {"lora_dim": 2, "alpha": 1}),
+}
+
+
+@pytest.mark.parametrize(
+    "dora", [{}, {"weight_decompose": True, "wd_on_out": True}, {"weight_decompose": True, "wd_on_out": False}]
+)
+@pytest.mark.parametrize("name", LYCORIS)
+def test_lycoris_makes_the_same(name: str, dora: dict[str, bool], shapes: Shapes, base: Base, read: Read) -> None:
+    torch.manual_seed(2)
+    kind, options = LYCORIS[name]
+    file, expected = LoraFile(), {}
+    modules = [
+        *file_modules(shapes, "kohya"),
+        *(one for one in file_modules(shapes, "LyCORIS") if "context_embedder" in one.stem),
+    ]
+    for module in [one for one in modules if re.search("blocks_1|adaLN|context_embedder", one.stem)]:
+        weights = [base(module.component, f"{one}.weight") for one in module.names]
+        whole = in_file_order(module, torch.cat(weights))
+        linear = torch.nn.Linear(whole.shape[1], whole.shape[0], bias=False)
+        linear.weight.data = whole.clone()
+        adapter = kind(module.stem, linear, multiplier=1.0, **options, **dora)
+        with torch.no_grad():
+            for part in adapter.parameters():
+                part.copy_(torch.rand_like(part) * 0.5 + 0.1)
+        file.tensors |= {
+            f"{module.stem}.{part}": tensor.detach() for part, tensor in adapter.custom_state_dict().items()
+        }
+        adapter.apply_to()
+        changed = in_file_order(module, linear(torch.eye(whole.shape[1])).T.detach() - whole)
+        parts = changed.split([len(weight) for weight in weights])
+        expected |= {(module.component, f"{one}.weight"): part for one, part in zip(module.names, parts, strict=True)}
+    found = differences(read(file), base)
+    assert found.keys() == expected.keys()
+    for where, difference in expected.items():
+        torch.testing.assert_close(found[where], difference, rtol=1e-3, atol=2e-5)
+
+
+def in_file_order(module: FileModule, rows: Tensor) -> Tensor:
+    return rows.roll(len(rows) // 2, 0) if module.swapped else rows
+
+
+# What is refused
+
+
+def refusal(read: Read, file: LoraFile) -> str:
+    with pytest.raises(LoraError) as caught:
+        read(file)
+    text = str(caught.value)
+    assert text.startswith("acme/lora")
+    assert "\n" not in text
+    assert len(text) < 700
+    return text
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_damaged_file_is_refused_or_right(data: st.DataObject, shapes: Shapes, base: Base, read: Read) -> None:
+    dialect, kind = data.draw(st.sampled_from(DIALECTS)), data.draw(st.sampled_from(KINDS))
+    file = make_lora(shapes, dialect, kind, alpha=data.draw(st.sampled_from([None, 3.0])), only=SOME)
+    key = data.draw(st.sampled_from(sorted(file.tensors)))
+    damage = data.draw(st.sampled_from(["drop", "truncate", "widen", "transpose", "rename", "move", "type", "nan"]))
+    tensor = file.tensors.pop(key)
+    if damage in ("truncate", "widen") and tensor.ndim:
+        side = data.draw(st.integers(0, tensor.ndim - 1))
+        longer = torch.cat([tensor, tensor], side)
+        file.tensors[key] = longer.narrow(side, 0, tensor.shape[side] + (1 if damage == "widen" else -1))
+    elif damage == "transpose":
+        assume(tensor.ndim > 1)
+        file.tensors[key] = tensor.t().contiguous()
+        if tensor.shape[0] == tensor.shape[1]:
+            file.tensors[key] = tensor  # it cannot be seen
+    elif damage == "rename":
+        index = data.draw(st.integers(0, len(key) - 1))
+        file.tensors[key[:index] + "x" + key[index + 1 :]] = tensor
+    elif damage == "move":
+        other = data.draw(st.sampled_from(sorted(file.tensors)))
+        file.tensors[key.rpartition(".")[0] + "." + other.rpartition(".")[2]] = tensor
+    elif damage == "type":
+        file.tensors[key] = tensor.int()
+    elif damage == "nan":
+        file.tensors[key] = torch.full_like(
+            tensor, data.draw(st.sampled_from([float("nan"), float("inf"), -float("inf")]))
+        )
+    try:
+        lora = read(file)
+    except LoraError:
+        return
+    whole_update_gone = damage == "drop" and kind == "diff"
+    found = differences(lora, base)
+    assert found.keys() == file.makes.keys() or whole_update_gone
+    for where, difference in found.items():
+        torch.testing.assert_close(difference.double(), file.makes[where](base), rtol=1e-4, atol=2e-5)
+
+
+def with_parts(file: LoraFile, **parts: Tensor) -> LoraFile:
+    """The file, each key that ends so replaced; a `None` is taken out."""
+    for key in list(file.tensors):
+        if (part := key.rpartition(".")[2]) in parts:
+            file.tensors[key] = parts[part]
+    return file
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf"), 0.0])
+def test_an_alpha_that_means_nothing_is_refused(alpha: float, shapes: Shapes, read: Read) -> None:
+    file = with_parts(make_lora(shapes, "kohya", only=SOME), alpha=torch.tensor(alpha))
+    assert re.search(r"is damaged: \S+\.alpha is (nan|inf|0)\.", refusal(read, file))
+
+
+def test_an_alpha_without_a_meaning_is_not_looked_at(shapes: Shapes, base: Base, read: Read) -> None:
+    """ai-toolkit writes 9999999999 beside whole LoKr matrices, which is infinite in float16."""
+    file = make_lora(shapes, "LyCORIS", "lokr_whole", only=SOME)
+    assert_makes(read(with_parts(file, alpha=torch.tensor(9999999999.0).half())), file, base)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda tensors: tensors.pop(LAST + ".lora_B.weight"), r"proj_out has no lora_B or lora_up"),
+        (lambda tensors: tensors.pop(LAST + ".lora_A.weight"), r"proj_out has no lora_A or lora_down"),
+        (lambda tensors: tensors.pop(LAST + ".alpha"), r"proj_out has no alpha, as others have"),
+        (
+            lambda tensors: tensors.update({LAST + ".lora_A.weight": torch.ones(4, 17)}),
+            r"for a weight of 16 x 17, here it is 16 x 80",
+        ),
+        (
+            lambda tensors: tensors.update({LAST + ".lora_A.weight": torch.ones(3, 80)}),
+            r"the parts of \S+proj_out do not fit each other",
+        ),
+        (
+            lambda tensors: tensors.update({LAST + ".lora_A.weight": torch.ones(4, 80).int()}),
+            r"lora_A.weight is of type I32",
+        ),
+        (lambda tensors: tensors.update({LAST + ".lora_A.default.weight": torch.ones(4, 80)}), r"is there twice"),
+        (lambda tensors: tensors.update({LAST + ".alpha": torch.ones(2)}), r"proj_out.alpha does not fit"),
+        (lambda tensors: tensors.update({LAST + ".dora_scale": torch.ones(7, 1)}), r"proj_out.dora_scale does not fit"),
+        (lambda tensors: tensors.update({LAST + ".diff_b": torch.ones(7)}), r"proj_out.diff_b does not fit"),
+        (lambda tensors: tensors.update({LAST + ".diff": torch.ones(16, 80)}), r"holds several kinds of update"),
+        (
+            lambda tensors: tensors.update({"transformer.secret.lora_A.weight": torch.ones(1)}),
+            r"nothing here is called transformer.secret.lora_A",
+        ),
+        (
+            lambda tensors: tensors.update({f"transformer.x{i}.alpha": torch.ones(1) for i in range(9)}),
+            r"x2.alpha and 6 more",
+        ),
+        (lambda tensors: tensors.update({"\n" * 5000: torch.ones(1)}), r"nothing here is called '\\n"),
+        (
+            lambda tensors: tensors.update({"lora_unet_single_blocks_1_linear2.diff": torch.ones(16, 80)}),
+            r"single_blocks_1_linear2\b.* are about the same weight",
+        ),
+    ],
+)
+def test_what_is_wrong_is_said(
+    change: Callable[[dict[str, Tensor]], Any], says: str, shapes: Shapes, read: Read
+) -> None:
+    file = make_lora(shapes, "diffusers", alpha=2, only=r"single\S+1\.")
+    change(file.tensors)
+    assert re.search(says, refusal(read, file))
+
+
+LAST = "transformer.single_transformer_blocks.1.proj_out"
+
+
+def test_a_file_that_is_not_whole_is_refused(shapes: Shapes, tmp_path: Path) -> None:
+    path = make_lora(shapes, "kohya", only=SOME).save(tmp_path / "lora.safetensors")
+    content = path.read_bytes()
+    for damaged in (b"", content[:5], content[:-1], content + b"0", b"\xff" * 100):
+        path.write_bytes(damaged)
+        with pytest.raises(LoraError, match="^it cannot be read as a safetensors file"):
+            read_lora(path, shapes, "it")
+
+
+PAIR = (".lora_A.weight", ".lora_B.weight")
+OTHER_FAMILIES = [
+    ("lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k.lora_down.weight", (4, 2048), "SDXL, not a LoRA for FLUX.1"),
+    ("lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k.lora_down.weight", (4, 768), "Stable Diffusion 1.5"),
+    ("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_k.lora_A.weight", (4, 320), "1.5, 2 or SDXL"),
+    ("lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", (4, 1280), "SDXL"),
+    ("lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight", (4, 1536), "Stable Diffusion 3"),
+    ("transformer.transformer_blocks.0.attn.to_q.lora_A.weight", (4, 1536), "Stable Diffusion 3 Medium"),
+    ("transformer.transformer_blocks.0.attn.to_q.lora_A.weight", (4, 2432), "Stable Diffusion 3.5 Large"),
+    ("diffusion_model.double_stream_modulation_img.lin.lora_A.weight", (4, 6144), "FLUX.2"),
+    ("diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight", (4, 6144), r"FLUX.2 \[dev\]"),
+    ("transformer.single_transformer_blocks.0.attn.to_qkv_mlp_proj.lora_A.weight", (4, 3072), "FLUX.2"),
+    ("transformer.transformer_blocks.0.img_mlp.net.0.proj.lora_A.weight", (4, 3072), "Qwen-Image"),
+    ("diffusion_model.blocks.0.self_attn.q.lora_A.weight", (4, 5120), "Wan"),
+    ("lora_unet_blocks_0_cross_attn_k.lora_down.weight", (4, 5120), "Wan"),
+    ("transformer.blocks.0.attn1.to_q.lora_A.weight", (4, 5120), "Wan"),
+    ("diffusion_model.blocks.0.self_attn.q_proj.lora_A.weight", (4, 2048), "Cosmos"),
+    ("diffusion_model.layers.0.attention.to_q.lora_A.weight", (4, 3840), "Z-Image"),
+    ("transformer.double_blocks.0.img_attn_qkv.lora_A.weight", (4, 3072), "HunyuanVideo"),
+    ("lora_unet_double_blocks_0_img_mod_linear.lora_down.weight", (4, 3072), "HunyuanVideo"),
+    ("transformer.transformer_blocks.0.attn1.to_q.lora_A.weight", (4, 2048), "LTX-Video"),
+    ("diffusion_model.distilled_guidance_layer.layers.0.in_layer.lora_A.weight", (4, 5120), "Chroma"),
+    ("diffusion_model.double_stream_blocks.0.block.ff_i.w1.lora_A.weight", (4, 2560), "HiDream"),
+    ("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", (4, 4096), "a language model"),
+    ("double_blocks.0.processor.ip_adapter_double_stream_k_proj.weight", (3072, 4096), "an IP-Adapter"),
+    ("emb_params", (4, 768), "a textual-inversion embedding"),
+    ("bundle_emb.sks.clip_l", (4, 768), "textual-inversion embeddings in it"),
+    ("controlnet_x_embedder.lora_A.weight", (4, 64), "a ControlNet"),
+    ("transformer.transformer_blocks.0.attn.to_q.oft_blocks", (4, 8, 8), "an OFT or BOFT adapter"),
+    ("transformer_blocks.0.qkv_proj.lora_down", (4, 3072), "Nunchaku"),
+    ("double_blocks.0.img_attn.norm.query_norm.scale", (8,), "a FLUX.1 Control LoRA"),
+    ("transformer.x_embedder.lora_A.weight", (4, 128), "a FLUX.1 Control LoRA: its input layer has 128 channels, this model's has 64"),
+    ("transformer.x_embedder.lora_A.weight", (4, 384), "such as Fill"),
+    ("model.diffusion_model.double_blocks.0.img_attn.qkv.weight", (48, 16), "a whole model"),
+    ("transformer.transformer_blocks.18.attn.to_q.lora_A.weight", (4, 3072), "3072 wide and has at least 19 double and 0 single blocks; this model is 16 wide and has 2 and 2"),
+    ("lora_unet_single_blocks_37_linear1.lora_down.weight", (4, 3072), "3072 wide and has at least 0 double and 38"),
+    ("transformer.transformer_blocks.2.attn.to_q.lora_A.weight", (4, 16), "3 double and 0 single blocks; this model is 16 wide"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "shape", "says"), OTHER_FAMILIES)
+def test_another_family_is_told_by_name(key: str, shape: tuple[int, ...], says: str, read: Read) -> None:
+    tensors = {key: torch.zeros(shape)}
+    for down, up in (PAIR, (".lora_down.weight", ".lora_up.weight")):
+        if key.endswith(down):
+            tensors[key.removesuffix(down) + up] = torch.zeros(shape[1], shape[0])
+    if key.endswith(".scale"):
+        tensors["double_blocks.0.img_attn.proj.lora_A.weight"] = torch.zeros(4, 16)
+    assert re.search(says, refusal(read, LoraFile(tensors)))
+
+
+def test_a_lora_for_dev_says_so_to_schnell(shapes: Shapes, tmp_path: Path) -> None:
+    schnell = shapes_of(**new_models(2, 2, guidance=False))
+    for dialect in ("diffusers", "kohya"):
+        path = make_lora(shapes, dialect, only="guidance|blocks").save(tmp_path / "lora.safetensors")
+        with pytest.raises(LoraError, match="it is for FLUX.1 dev: it changes the guidance embedder"):
+            read_lora(path, schnell, "it")
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"peft_type": "IA3"}, "is for IA3, which is not supported"),
+        ({"r": 8}, "says rank 8 for single_transformer_blocks.1.attn.to_q, which has 4"),
+        ({"r": 4, "lora_alpha": 0}, "says alpha 0 and rank 4"),
+        ({"r": 4, "init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4', which changes the base model"),
+        ({"r": 4, "alora_invocation_tokens": [1]}, "uses alora_invocation_tokens, which is not supported"),
+        ({"r": "many"}, "is not understood"),
+        ({"r": 4, "alpha_pattern": {"(a+)+": 1}}, "is not understood"),
+        ({"r": 4, "alpha_pattern": {"[": 1}}, "is not understood"),
+        (["r"], "is not a JSON object"),
+    ],
+)
+def test_a_peft_configuration_that_cannot_be_followed_is_refused(
+    config: Any, says: str, shapes: Shapes, read: Read
+) -> None:
+    file = make_lora(shapes, "PEFT", only=r"blocks\.1\.attn\.to_q")
+    file.metadata = {"adapter_config.json": json.dumps(config)}
+    assert re.search(says, refusal(read, file))
