@@ -141,3 +141,25 @@ def rank_of(update: Update) -> int | None:
         case Hadamard():
             return update.w1_b.shape[0]
     return None
+
+
+def take_rows(update: Update, rows: Tensor) -> Update:
+    """The update of some rows of what `update` is for, in the order of `rows`, int64; views where they are a range."""
+    match update:
+        case LowRank():
+            return replace(update, up=_rows_of(update.up, rows))
+        case Kronecker():
+            return replace(update, rows=rows if update.rows is None else update.rows[rows])
+        case Hadamard():
+            return replace(update, w1_a=_rows_of(update.w1_a, rows), w2_a=_rows_of(update.w2_a, rows))
+        case Full():
+            return replace(update, value=_rows_of(update.value, rows))
+    raise TypeError(f"the rows of {type(update).__name__} depend on each other")
+
+
+def _rows_of(tensor: Tensor, rows: Tensor) -> Tensor:
+    first, count = int(rows[0]), len(rows)
+    if torch.equal(rows, torch.arange(first, first + count)):
+        return tensor[first : first + count]
+    whole = tensor.contiguous().view(torch.uint8) if tensor.element_size() == 1 else tensor  # no float8 gather
+    return whole[rows].view(tensor.dtype)
