@@ -7,7 +7,7 @@ itself is diffusers' own; the pictures are bit for bit those of its pipelines (`
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ class PromptEmbeds:
         return self.t5.nbytes + self.clip.nbytes
 
 
-def _embedding_cache() -> LRUCache[str, PromptEmbeds]:
+def _embedding_cache() -> LRUCache[tuple[str, Hashable], PromptEmbeds]:
     return LRUCache(EMBEDDING_CACHE_BYTES, getsizeof=lambda embeds: embeds.nbytes)
 
 
@@ -70,7 +70,8 @@ class Flux:
     txt2img: FluxPipeline
     img2img: FluxImg2ImgPipeline
     inpaint: FluxInpaintPipeline
-    embeddings: LRUCache[str, PromptEmbeds] = field(default_factory=_embedding_cache)
+    folders: Mapping[str, Path]  # part -> the folder that it was loaded from
+    embeddings: LRUCache[tuple[str, Hashable], PromptEmbeds] = field(default_factory=_embedding_cache)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -112,21 +113,23 @@ def load_flux(folders: Mapping[str, Path], device: torch.device, dtype: torch.dt
     first_folder = next(iter(folders.values()))
     first_parts: dict[str, Any] = {}
     for name, folder in folders.items():
-        parts = {}
+        parts, sources = {}, {"transformer": folder / "transformer"}
         for part, part_class in SHARED_CLASSES.items():
             if part in first_parts and _same_part(folder / part, first_folder / part):
-                parts[part] = first_parts[part]
+                parts[part], sources[part] = first_parts[part], first_folder / part
             else:
-                parts[part] = _load_part(part_class, folder, part, device, dtype)
+                parts[part], sources[part] = _load_part(part_class, folder, part, device, dtype), folder / part
         first_parts = first_parts or parts
         own = {
             "transformer": _load_part(FluxTransformer2DModel, folder, "transformer", device, dtype),
             "scheduler": FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler"),
         }
-        pipelines = [kind(**parts, **own) for kind in (FluxPipeline, FluxImg2ImgPipeline, FluxInpaintPipeline)]
+        txt2img, img2img, inpaint = pipelines = [
+            kind(**parts, **own) for kind in (FluxPipeline, FluxImg2ImgPipeline, FluxInpaintPipeline)
+        ]
         for pipeline in pipelines:
             pipeline.set_progress_bar_config(disable=True)  # the request has one bar for all its pictures
-        models[name] = Flux(name, *pipelines)
+        models[name] = Flux(name, txt2img, img2img, inpaint, sources)
     return models
 
 
@@ -174,13 +177,14 @@ def _meaning(config: Path) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def encode_prompt(flux: Flux, prompt: str) -> PromptEmbeds:
-    """Embed a prompt as `FluxPipeline.encode_prompt` does, or take it from the cache.
+def encode_prompt(flux: Flux, prompt: str, weights: Hashable = ()) -> PromptEmbeds:
+    """Embed a prompt as `FluxPipeline.encode_prompt` does, or take it from the cache, where it belongs to the `weights`
+    of the text encoders that made it (any value that tells them apart).
 
     T5 reads the first 512 tokens (schnell: 256), CLIP the first 77; what is beyond T5's is said in the log.
     """
-    if prompt in flux.embeddings:
-        return flux.embeddings[prompt]
+    if (prompt, weights) in flux.embeddings:
+        return flux.embeddings[prompt, weights]
     pipeline, length = flux.txt2img, MAX_SEQUENCE_LENGTH[flux.name]
     clip_ids = _token_ids(pipeline.tokenizer, prompt, pipeline.tokenizer_max_length)
     t5_ids = _token_ids(pipeline.tokenizer_2, prompt, length)
@@ -193,7 +197,7 @@ def encode_prompt(flux: Flux, prompt: str) -> PromptEmbeds:
         if tokens > length:
             log.warning("the prompt has %d tokens, of which %s reads the first %d", tokens, flux.name, length)
     if embeds.nbytes <= flux.embeddings.maxsize:
-        flux.embeddings[prompt] = embeds
+        flux.embeddings[prompt, weights] = embeds
     return embeds
 
 

@@ -1,13 +1,13 @@
 """What a LoRA does to one weight: the kinds of update there are, and the difference that each makes.
 
-Every kind is a function of the pristine weight W and gives `difference`: what it adds to W at strength 1, float32. At
-strength s the weight is W + s * difference, for several LoRAs W + the sum of theirs, each computed from W alone.
-Factors keep the dtype of their file; they are computed with in float32.
+Every kind is a function of the pristine weight W and gives `difference`: what it adds to W at strength 1, float32.
+At strength s the weight is W + s * difference, for several LoRAs W + the sum of theirs, each computed from W alone.
+Factors keep the dtype of their file; they are computed with in float32, on the device that they are on.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TypeAlias
+from typing import Any, Self, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,24 +18,34 @@ Base: TypeAlias = Callable[[str], Tensor]  # a parameter's name -> its pristine 
 class _Factors:
     """What the kinds of update have in common: they are made of tensors."""
 
-    def tensors(self) -> Iterator[Tensor]:
-        for entry in fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
-            yield from _tensors_in(getattr(self, entry.name))
+    def tensors(self) -> list[Tensor]:
+        found: list[Tensor] = []
 
+        def note(tensor: Tensor) -> Tensor:
+            found.append(tensor)
+            return tensor
 
-def _tensors_in(value: object) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, _Factors):
-        yield from value.tensors()
-    elif isinstance(value, tuple):
-        for item in value:
-            yield from _tensors_in(item)
+        self._map(note)
+        return found
+
+    def to(self, device: torch.device) -> Self:
+        """The same on another device; on the same one itself."""
+        return self._map(lambda tensor: tensor.to(device))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        def changed(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return change(value)
+            if isinstance(value, _Factors):
+                return value._map(change)
+            return tuple(map(changed, value)) if isinstance(value, tuple) else value
+
+        return replace(self, **{entry.name: changed(getattr(self, entry.name)) for entry in fields(self)})  # type: ignore[type-var, arg-type] # every subclass is a dataclass
 
 
 @dataclass(frozen=True)
 class LowRank(_Factors):
-    """scale * up @ down, up [out, rank], down [rank, in] (LoRA, arXiv:2106.09685); scale is alpha / rank or so."""
+    """scale * up @ down (LoRA, arXiv:2106.09685) for up [out, rank], down [rank, in]; scale is alpha / rank or so."""
 
     up: Tensor
     down: Tensor
@@ -47,7 +57,7 @@ class LowRank(_Factors):
 
 @dataclass(frozen=True)
 class Kronecker(_Factors):
-    """scale * kron(w1, w2), or some rows of it (LoKr, arXiv:2309.14859). A factor is a matrix or a product."""
+    """scale * kron(w1, w2), or some rows of it (LoKr, arXiv:2309.14859). A factor is a matrix or a product of two."""
 
     w1: tuple[Tensor, ...]  # [a, b], or [a, rank] and [rank, b]
     w2: tuple[Tensor, ...]  # [c, d], or [c, rank] and [rank, d]
@@ -114,6 +124,25 @@ class Dora(_Factors):
 Update: TypeAlias = LowRank | Kronecker | Hadamard | Full | Dora
 
 
+def _product(factors: Sequence[Tensor]) -> Tensor:
+    product = factors[0].float()
+    for factor in factors[1:]:
+        product = product @ factor.float()
+    return product
+
+
+def rank_of(update: Update) -> int | None:
+    """The rank for the log; None where the kind has none."""
+    match update:
+        case LowRank():
+            return update.down.shape[0]
+        case Dora():
+            return rank_of(update.inner)
+        case Hadamard():
+            return update.w1_b.shape[0]
+    return None
+
+
 def take_rows(update: Update, rows: Tensor) -> Update:
     """The update of some rows of what `update` is for, in the order of `rows`, int64; views where they are a range."""
     match update:
@@ -134,22 +163,3 @@ def _rows_of(tensor: Tensor, rows: Tensor) -> Tensor:
         return tensor[first : first + count]
     whole = tensor.contiguous().view(torch.uint8) if tensor.element_size() == 1 else tensor  # no float8 gather
     return whole[rows].view(tensor.dtype)
-
-
-def _product(factors: Sequence[Tensor]) -> Tensor:
-    product = factors[0].float()
-    for factor in factors[1:]:
-        product = product @ factor.float()
-    return product
-
-
-def rank_of(update: Update) -> int | None:
-    """The rank for the log; None where the kind has none."""
-    match update:
-        case LowRank():
-            return update.down.shape[0]
-        case Dora():
-            return rank_of(update.inner)
-        case Hadamard():
-            return update.w1_b.shape[0]
-    return None
