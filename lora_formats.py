@@ -6,6 +6,7 @@ The header is judged first: every key has to be understood, every module whole, 
 the tensors read, and what is left to go wrong is in their values.
 """
 
+import logging
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -17,11 +18,13 @@ from torch import Tensor
 
 from lora_families import other_family
 from lora_kinds import KINDS, LYCORIS_EPS, Kind, magnitude_fits, magnitude_of, split
-from lora_names import Key, Names, Shapes
+from lora_names import UNUSED, Key, Names, Shapes
 from lora_peft import PeftConfigs
 from lora_references import LoraError
 from lora_tensors import DTYPES, FLOATS, Header, Shape, is_finite, read_header, read_tensors
 from lora_updates import Full, Update, take_rows
+
+log = logging.getLogger("flux-lora")
 
 MOST_NAMED = 3  # in one error
 MOST_TEXT = 120  # characters of a key in one error
@@ -64,7 +67,7 @@ def read_lora(path: Path, shapes: Shapes, name: str) -> LoraUpdates:
     """
     header = read_header(path, name)
     groups = _understand(header, shapes, name)
-    configs = PeftConfigs(header.metadata, path, name)
+    configs = PeftConfigs(header.metadata, name)
     tensors = read_tensors(path, header, name)
     updates: dict[str, dict[str, tuple[Update, ...]]] = defaultdict(dict)
     for group in groups:
@@ -90,6 +93,9 @@ def _understand(header: Header, shapes: Shapes, name: str) -> list[_Group]:
     unknown, wrong = [], []
     for text, entry in header.entries.items():
         key = names.understand(text)
+        if key is None and UNUSED.match(text):
+            log.warning("%s: %s is about a layer that FLUX.1 does not use; it has no effect", name, _short(text))
+            continue
         if key is None:
             unknown.append(_short(text))
             continue
@@ -182,7 +188,7 @@ def _lost(groups: Collection[_Group]) -> list[str]:
             if counts[part]:
                 lacking = [group for group in many if part not in group.keys and not (part == "alpha" and group.whole)]
                 wrong += [f"{_short(group.key.stem)} has no {part}, as others have" for group in lacking]
-        columns = [group for group in many if group.shapes.get("dora_scale", (0,))[0] == 1]
+        columns = [group for group in many if group.shapes.get("dora_scale", ())[:1] == (1,)]
         if columns and len(columns) < counts["dora_scale"]:
             wrong.append(f"{_short(columns[0].key.stem)} has a dora_scale along another side than others")
     return wrong

@@ -34,6 +34,7 @@ PREFIXES = (
     ("transformer.", TRANSFORMER, "diffusers"),
     ("unet.", TRANSFORMER, "diffusers"),
 )
+UNUSED = re.compile(r"(lora_te1?_|text_encoder\.|text_encoders\.clip_l\.transformer\.)text_projection\.")  # by FLUX.1
 PEFT_PREFIX = "base_model.model."  # alone, or before or after one of those
 
 # The original's module -> the diffusers modules whose rows, one after the other, are its rows. {} is a block's index.
@@ -88,7 +89,7 @@ _SUFFIXES = {
     "up_bias": r"\.lora_B(\.[^.]+)?\.bias|\.lora_up\.bias",
     "alpha": r"\.alpha",
     "dora_scale": r"\.dora_scale",
-    "magnitude": r"\.lora_magnitude_vector(\.[^.]+)?(\.weight)?",
+    "magnitude": r"\.lora_magnitude_vector(\.[^.]+)?(\.weight)?|\.magnitude",
     **{name: rf"\.{name}(\.[^.]+)?" for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a")},
     **{name: rf"\.{name}(\.[^.]+)?" for name in ("lokr_w2_b", "lokr_t2")},
     **{name: rf"\.{name}(\.[^.]+)?" for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")},
@@ -187,6 +188,7 @@ def _original_names(modules: Mapping[str, None]) -> dict[str, Module]:
             names = tuple(name.format(index) for name in ours)
             if all(name in modules for name in names):
                 named[original.format(index)] = Module(TRANSFORMER, names, swapped=original == _SWAPPED)
+    named |= {f"{name}.scale": module for name, module in named.items() if name.endswith("_norm")}
     for xlabs, original in _XLABS.items():
         for index in range(blocks):
             if original.format(index) in named:

@@ -12,12 +12,11 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig
 
-from lora_files import CONFIG_FILE, LARGEST_CONFIG
+from lora_files import CONFIG_FILE
 from lora_names import TRANSFORMER, Key
 from lora_references import LoraError
 
@@ -29,8 +28,8 @@ MOST_QUANTIFIERS = 3  # in a pattern; more could take for ever to match
 class PeftConfigs:
     """What a file's configurations, if it has any, say. Raises `LoraError` for one that cannot be followed."""
 
-    def __init__(self, metadata: Mapping[str, str], path: Path, name: str) -> None:
-        self._metadata, self._beside, self._name = metadata, path.with_name(CONFIG_FILE), name
+    def __init__(self, metadata: Mapping[str, str], name: str) -> None:
+        self._metadata, self._name = metadata, name
 
     def of(self, key: Key) -> "_Config | None":
         """The configuration that was in force where the key was written."""
@@ -41,8 +40,6 @@ class PeftConfigs:
     @cached_property
     def _of_adapter(self) -> "_Config | None":
         text = self._metadata.get(CONFIG_FILE)
-        if text is None and self._beside.is_file() and self._beside.stat().st_size <= LARGEST_CONFIG:
-            text = self._beside.read_text(errors="replace")
         return None if text is None else _Config(_parse(text, CONFIG_FILE, self._name), self._name)
 
     @cached_property

@@ -157,7 +157,9 @@ def _ask(fetch: _Fetch, known: Record | None) -> FetchedLora:
     if isinstance(source, DataUri):
         return _keep(fetch, _decode(source, part, settings.lora_max_bytes), key)
     if isinstance(source, LocalFile):
-        return _keep(fetch, _copy(Path(source.path), part, settings.lora_max_bytes), key)
+        beside = Path(source.path).with_name(CONFIG_FILE)
+        config = beside.read_bytes()[:LARGEST_CONFIG] if beside.is_file() else None
+        return _keep(fetch, _copy(Path(source.path), part, settings.lora_max_bytes), key, config=config)
     with open_session(settings.lora_allow_private_hosts, _endpoint(source, settings), pace.connections) as session:
         if isinstance(source, ReplicateModel):
             remote = replicate_remote(source, settings, session, stop, pace)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers.training_utils import _collate_lora_metadata
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from lycoris.modules.locon import LoConModule
@@ -17,13 +18,16 @@ from lycoris.modules.loha import LohaModule
 from lycoris.modules.lokr import LokrModule
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from lora_formats import LoraUpdates, read_lora
 from lora_names import Shapes
 from lora_references import LoraError
+from lora_sources import fetch_weights
 from lora_updates import LowRank
+from settings import read_settings
 from tests.lora_files import DIALECTS, KINDS, Base, FileModule, LoraFile, base_of, file_modules, make_lora, shapes_of
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
@@ -222,6 +226,7 @@ def test_biases_norms_and_embeddings(base: Base, read: Read) -> None:
                 "lora_unet_" + final.replace(".", "_") + ".lora_up.weight": ups["b"],
                 "lora_unet_" + final.replace(".", "_") + ".diff_b": swapped,
                 "lycoris_double_blocks_0_txt_attn_norm_query_norm.w_norm": norm,
+                "diffusion_model.single_blocks.1.norm.key_norm.scale.diff": norm,
                 "text_encoder_2.encoder.embed_tokens.lora_embedding_A": tokens,
                 "text_encoder_2.encoder.embed_tokens.lora_embedding_B": column.T.contiguous(),
             }
@@ -232,6 +237,7 @@ def test_biases_norms_and_embeddings(base: Base, read: Read) -> None:
         ("transformer", "norm_out.linear.weight"): (ups["b"] @ downs["b"]).roll(16, 0),
         ("transformer", "norm_out.linear.bias"): swapped.roll(16),
         ("transformer", f"transformer_blocks.0.{query}.weight"): norm,
+        ("transformer", "single_transformer_blocks.1.attn.norm_k.weight"): norm,
         ("text_encoder_2", "shared.weight"): (column.T @ tokens).T,
     }
     for i, name in enumerate(("to_q", "to_k", "to_v")):
@@ -241,6 +247,16 @@ def test_biases_norms_and_embeddings(base: Base, read: Read) -> None:
     assert found.keys() == expected.keys()
     for where, difference in expected.items():
         torch.testing.assert_close(found[where], difference)
+
+
+def test_what_flux_does_not_use_is_left_out_aloud(
+    shapes: Shapes, base: Base, read: Read, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = make_lora(shapes, "ComfyUI", only=SOME)
+    key = "text_encoders.clip_l.transformer.text_projection.lora_A.weight"
+    file.tensors[key] = torch.ones(4, 12)
+    assert_makes(read(file), file, base)
+    assert f"{key} is about a layer that FLUX.1 does not use" in caplog.text
 
 
 def test_whole_differences_that_ai_toolkit_names_as_factors(shapes: Shapes, base: Base, read: Read) -> None:
@@ -326,7 +342,10 @@ def test_peft_merges_the_same(name: str, way: str, models: Models, shapes: Shape
         adapted = get_peft_model(model, config)
         layers = randomised_layers(model)
         adapted.save_pretrained(tmp_path)
-        path = tmp_path / "adapter_model.safetensors"
+        cached = fetch_weights(
+            str(tmp_path / "adapter_model.safetensors"), read_settings({"LORA_CACHE_DIR": str(tmp_path / "cache")})
+        )
+        path = cached.path
     else:
         model.add_adapter(config)
         layers = randomised_layers(model)
@@ -334,9 +353,6 @@ def test_peft_merges_the_same(name: str, way: str, models: Models, shapes: Shape
         if way == "metadata":
             model.save_lora_adapter(tmp_path)
         else:
-            from diffusers.training_utils import _collate_lora_metadata
-            from peft.utils import get_peft_model_state_dict
-
             metadata = _collate_lora_metadata({"transformer": model})
             FluxPipeline.save_lora_weights(tmp_path, get_peft_model_state_dict(model), **metadata)
     found = differences(read_lora(path, shapes, "it"), base)
@@ -538,14 +554,22 @@ def test_a_file_that_is_not_whole_is_refused(shapes: Shapes, tmp_path: Path) -> 
     content = path.read_bytes()
     for damaged in (b"", content[:5], content[:-1], content + b"0", b"\xff" * 100):
         path.write_bytes(damaged)
-        with pytest.raises(LoraError, match="^it cannot be read as a safetensors file"):
+        with pytest.raises(LoraError, match=r"^it cannot be read as a safetensors file"):
             read_lora(path, shapes, "it")
 
 
 PAIR = (".lora_A.weight", ".lora_B.weight")
 OTHER_FAMILIES = [
-    ("lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k.lora_down.weight", (4, 2048), "SDXL, not a LoRA for FLUX.1"),
-    ("lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k.lora_down.weight", (4, 768), "Stable Diffusion 1.5"),
+    (
+        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k.lora_down.weight",
+        (4, 2048),
+        "SDXL, not a LoRA for FLUX.1",
+    ),
+    (
+        "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k.lora_down.weight",
+        (4, 768),
+        "Stable Diffusion 1.5",
+    ),
     ("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_k.lora_A.weight", (4, 320), "1.5, 2 or SDXL"),
     ("lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", (4, 1280), "SDXL"),
     ("lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight", (4, 1536), "Stable Diffusion 3"),
@@ -573,13 +597,25 @@ OTHER_FAMILIES = [
     ("transformer.transformer_blocks.0.attn.to_q.oft_blocks", (4, 8, 8), "an OFT or BOFT adapter"),
     ("transformer_blocks.0.qkv_proj.lora_down", (4, 3072), "Nunchaku"),
     ("double_blocks.0.img_attn.norm.query_norm.scale", (8,), "a FLUX.1 Control LoRA"),
-    ("transformer.x_embedder.lora_A.weight", (4, 128), "a FLUX.1 Control LoRA: its input layer has 128 channels, this model's has 64"),
+    (
+        "transformer.x_embedder.lora_A.weight",
+        (4, 128),
+        "a FLUX.1 Control LoRA: its input layer has 128 channels, this model's has 64",
+    ),
     ("transformer.x_embedder.lora_A.weight", (4, 384), "such as Fill"),
     ("model.diffusion_model.double_blocks.0.img_attn.qkv.weight", (48, 16), "a whole model"),
-    ("transformer.transformer_blocks.18.attn.to_q.lora_A.weight", (4, 3072), "3072 wide and has at least 19 double and 0 single blocks; this model is 16 wide and has 2 and 2"),
+    (
+        "transformer.transformer_blocks.18.attn.to_q.lora_A.weight",
+        (4, 3072),
+        "3072 wide and has at least 19 double and 0 single blocks; this model is 16 wide and has 2 and 2",
+    ),
     ("lora_unet_single_blocks_37_linear1.lora_down.weight", (4, 3072), "3072 wide and has at least 0 double and 38"),
-    ("transformer.transformer_blocks.2.attn.to_q.lora_A.weight", (4, 16), "3 double and 0 single blocks; this model is 16 wide"),
-]  # fmt: skip
+    (
+        "transformer.transformer_blocks.2.attn.to_q.lora_A.weight",
+        (4, 16),
+        "3 double and 0 single blocks; this model is 16 wide",
+    ),
+]
 
 
 @pytest.mark.parametrize(("key", "shape", "says"), OTHER_FAMILIES)
@@ -597,7 +633,7 @@ def test_a_lora_for_dev_says_so_to_schnell(shapes: Shapes, tmp_path: Path) -> No
     schnell = shapes_of(**new_models(2, 2, guidance=False))
     for dialect in ("diffusers", "kohya"):
         path = make_lora(shapes, dialect, only="guidance|blocks").save(tmp_path / "lora.safetensors")
-        with pytest.raises(LoraError, match="it is for FLUX.1 dev: it changes the guidance embedder"):
+        with pytest.raises(LoraError, match=r"it is for FLUX\.1 dev: it changes the guidance embedder"):
             read_lora(path, schnell, "it")
 
 

@@ -23,6 +23,7 @@ import pytest
 from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 
 from lora_files import choose_file
 from lora_network import Pace, is_public
@@ -319,6 +320,41 @@ def test_a_repo_gives_its_lora_or_says_what_it_holds(
     else:
         with pytest.raises(LoraError, match=found):
             fetch("huggingface.co/acme/lora", LORA_MAX_GB="0.001")
+
+
+PEFT_CONFIG = b'{"peft_type": "LORA", "r": 4, "lora_alpha": 8}'
+
+
+def test_pefts_configuration_comes_along(web: Web, fetch: Callable[..., FetchedLora]) -> None:
+    """In the file's own metadata; the tensors are as they were."""
+    other = b'{"peft_type": "LORA", "r": 4, "lora_alpha": 999}'
+    adapter = {"x/adapter_model.safetensors": LORA, "x/adapter_config.json": PEFT_CONFIG, "adapter_config.json": other}
+    web.hugging_face("acme/peft", adapter)
+    web.replicate("acme/peft", tar_file({f"out/{name}": body for name, body in adapter.items()}))
+    for reference in ("huggingface.co/acme/peft", "acme/peft"):
+        fetched = fetch(reference)
+        with safe_open(fetched.path, framework="np") as file:
+            assert file.metadata()["adapter_config.json"] == PEFT_CONFIG.decode()
+        assert safetensors_bytes(fetched.path.read_bytes()) == safetensors_bytes(LORA)
+        asked = len(web.asked)
+        assert fetch(reference).path == fetched.path
+        assert not any(path.endswith(("config.json", ".safetensors", ".tar")) for path, _ in web.asked[asked:])
+
+
+def safetensors_bytes(file: bytes) -> bytes:
+    """What comes after the header."""
+    return file[8 + int.from_bytes(file[:8], "little") :]
+
+
+def test_a_repo_whose_configuration_does_not_arrive_is_not_half_fetched(
+    web: Web, fetch: Callable[..., FetchedLora]
+) -> None:
+    web.hugging_face("acme/peft", {"adapter_model.safetensors": LORA, "adapter_config.json": b"x" * (1 << 20) + b"x"})
+    with pytest.raises(LoraError, match="allows"):
+        fetch("huggingface.co/acme/peft")
+    del web.files[f"/acme/peft/resolve/{COMMIT}/adapter_config.json"]
+    with pytest.raises(LoraError, match="does not exist"):
+        fetch("huggingface.co/acme/peft")
 
 
 def test_hugging_face_says_why(web: Web, fetch: Callable[..., FetchedLora]) -> None:
