@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lora_families import other_family
 from lora_kinds import KINDS, LYCORIS_EPS, Kind, magnitude_fits, magnitude_of, split
-from lora_names import UNUSED, Key, Names, Shapes
+from lora_names import UNUSED, Key, Module, Names, Shapes
 from lora_peft import PeftConfigs
 from lora_references import LoraError
 from lora_tensors import DTYPES, FLOATS, Header, Shape, is_finite, read_header, read_tensors
@@ -107,7 +107,7 @@ def _understand(header: Header, shapes: Shapes, name: str) -> list[_Group]:
         group.keys[key.part] = text
         shape = entry.shape
         group.shapes[key.part] = shape[:2] if shape[2:] == (1, 1) else shape  # a linear layer saved as a convolution
-    _rename_whole_differences(groups.values())
+    _rename_whole_differences(groups.values(), shapes)
     for group in groups.values():
         wrong += _misfits(group, shapes)
     wrong += _conflicts(groups.values()) + _lost(groups.values())
@@ -120,22 +120,26 @@ def _understand(header: Header, shapes: Shapes, name: str) -> list[_Group]:
     raise LoraError(f"{name} cannot be used: {_some(wrong) or 'it is empty'}.")
 
 
-def _rename_whole_differences(groups: Collection[_Group]) -> None:
+def _weight_of(module: Module, shapes: Shapes) -> Shape:
+    """The shape of the weight that a module of the file is about: that of all its modules here, one below the other."""
+    weights = [shapes[module.component].get(f"{name}.weight", torch.Size()) for name in module.names]
+    return (sum(shape[0] for shape in weights if shape), *weights[0][1:])
+
+
+def _rename_whole_differences(groups: Collection[_Group], shapes: Shapes) -> None:
     """ai-toolkit's "fullrank" network calls whole differences lora_A, and there is no lora_B in all the file."""
     if any(part in group.keys for group in groups for part in ("up", "alpha")):
         return
     for group in groups:
-        if "down" in group.keys:
+        if group.shapes.get("down") == _weight_of(group.key.module, shapes):
             group.keys["diff"], group.shapes["diff"] = group.keys.pop("down"), group.shapes.pop("down")
 
 
 def _misfits(group: _Group, shapes: Shapes) -> list[str]:
     """What is wrong with the parts of one module, by their names and shapes alone."""
     has, kinds, stem = group.shapes, group.kinds, _short(group.key.stem)
-    parameters = shapes[group.key.module.component]
-    weights = [tuple(parameters.get(f"{name}.weight", ())) for name in group.key.module.names]
-    biases = [tuple(parameters.get(f"{name}.bias", ())) for name in group.key.module.names]
-    weight = (sum(shape[0] for shape in weights if shape), *weights[0][1:])
+    weight, parameters = _weight_of(group.key.module, shapes), shapes[group.key.module.component]
+    biased = all(f"{name}.bias" in parameters for name in group.key.module.names)
     wrong = [f"{stem} holds several kinds of update"] if len(kinds) > 1 else []
     for kind in kinds:
         try:
@@ -153,8 +157,8 @@ def _misfits(group: _Group, shapes: Shapes) -> list[str]:
         "alpha": lambda shape: scaled and math.prod(shape) == 1,
         "dora_scale": lambda shape: scaled and magnitude_fits(shape, weight),
         "magnitude": lambda shape: scaled and magnitude_fits(shape, weight) and "dora_scale" not in has,
-        "diff_b": lambda shape: () not in biases and shape == weight[:1],
-        "up_bias": lambda shape: () not in biases and shape == weight[:1] and "up" in has,
+        "diff_b": lambda shape: biased and shape == weight[:1],
+        "up_bias": lambda shape: biased and shape == weight[:1] and "up" in has,
     }
     return wrong + [
         f"{_short(group.keys[part])} does not fit" for part in fits if part in has and not fits[part](has[part])

@@ -49,8 +49,12 @@ def _side(has: Mapping[str, Any], side: str, transpose: Callable[[Any], Any]) ->
 
 def _kronecker(has: Mapping[str, Shape]) -> Shape | None:
     first, second = (_product(*_side(has, side, lambda shape: shape[::-1])) for side in ("lokr_w1", "lokr_w2"))
-    whole = len({"lokr_w1", "lokr_w1_a"} & set(has)) == 1 == len({"lokr_w2", "lokr_w2_a"} & set(has))
-    return (first[0] * second[0], first[1] * second[1]) if first and second and whole else None
+    twice = (
+        {"lokr_w1", "lokr_w1_a"} <= set(has)
+        or {"lokr_w2", "lokr_w2_a"} <= set(has)
+        or {"lokr_w2", "lokr_t2"} <= set(has)
+    )
+    return (first[0] * second[0], first[1] * second[1]) if first and second and not twice else None
 
 
 def _kronecker_rank(has: Mapping[str, Shape]) -> int | None:

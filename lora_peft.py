@@ -5,6 +5,7 @@ diffusers writes the configurations of all components into one entry of the meta
 """
 
 import json
+import logging
 import math
 import re
 import warnings
@@ -19,6 +20,8 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig
 from lora_files import CONFIG_FILE
 from lora_names import TRANSFORMER, Key
 from lora_references import LoraError
+
+log = logging.getLogger("flux-lora")
 
 DIFFUSERS_ENTRY = "lora_adapter_metadata"
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # the base of such an adapter is not FLUX.1's own
@@ -40,7 +43,10 @@ class PeftConfigs:
     @cached_property
     def _of_adapter(self) -> "_Config | None":
         text = self._metadata.get(CONFIG_FILE)
-        return None if text is None else _Config(_parse(text, CONFIG_FILE, self._name), self._name)
+        if text is None:
+            log.info("%s: it came without an %s; where it names no alpha, that is the rank", self._name, CONFIG_FILE)
+            return None
+        return _Config(_parse(text, CONFIG_FILE, self._name), self._name)
 
     @cached_property
     def _of_components(self) -> "dict[str, _Config]":

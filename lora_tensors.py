@@ -26,6 +26,8 @@ FLOATS = {
 WHOLE_NUMBERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 DTYPES = FLOATS | WHOLE_NUMBERS
 
+MOST_TENSORS = 50_000  # FLUX.1 has 1,500 parameters
+
 Shape = tuple[int, ...]
 
 
@@ -60,6 +62,8 @@ def read_header(path: Path, name: str) -> Header:
         entries = {key: Entry(one["dtype"], tuple(one["shape"]), *one["data_offsets"]) for key, one in values.items()}
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise LoraError(f"{name} cannot be read as a safetensors file ({error}).") from None
+    if len(entries) > MOST_TENSORS:
+        raise LoraError(f"{name} has {len(entries)} tensors; no LoRA has more than {MOST_TENSORS}.")
     return Header(entries, metadata, 8 + length)
 
 

@@ -13,6 +13,7 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from diffusers.training_utils import _collate_lora_metadata
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from lycoris.functional.general import rebuild_tucker
 from lycoris.modules.locon import LoConModule
 from lycoris.modules.loha import LohaModule
 from lycoris.modules.lokr import LokrModule
@@ -421,6 +422,15 @@ def test_lycoris_makes_the_same(name: str, dora: dict[str, bool], shapes: Shapes
     assert found.keys() == expected.keys()
     for where, difference in expected.items():
         torch.testing.assert_close(found[where], difference, rtol=1e-3, atol=2e-5)
+
+
+def test_tuckers_core_is_multiplied_in(base: Base, read: Read) -> None:
+    stem, draw = "lycoris_context_embedder", torch.Generator().manual_seed(0)
+    first, core = torch.randn(4, 4, generator=draw), torch.randn(2, 2, generator=draw)
+    left, right = torch.randn(2, 4, generator=draw), torch.randn(2, 6, generator=draw)
+    parts = {"lokr_w1": first, "lokr_t2": core[:, :, None, None], "lokr_w2_a": left, "lokr_w2_b": right}
+    (found,) = differences(read(LoraFile({f"{stem}.{part}": tensor for part, tensor in parts.items()})), base).values()
+    torch.testing.assert_close(found, torch.kron(first, rebuild_tucker(core, left, right)))
 
 
 def in_file_order(module: FileModule, rows: Tensor) -> Tensor:
