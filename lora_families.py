@@ -4,11 +4,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 
-import torch
-
+from lora_header import Header, Shape
 from lora_names import TRANSFORMER, Names, Shapes, split_key
 from lora_references import LoraError
-from lora_tensors import Header
 
 # What only the modules of one family are called; "~" is "." or "_". The first that is found counts.
 _FAMILIES = (
@@ -66,6 +64,11 @@ def other_family(header: Header, shapes: Shapes, name: str) -> LoraError | None:
     return LoraError(f"{name} is {text}.") if text else None
 
 
+def foreign_family(header: Header) -> str | None:
+    """What a file is whose keys alone show that it is no LoRA for FLUX.1."""
+    return next(_foreign(header), None)
+
+
 def _foreign(header: Header) -> Iterator[str]:
     """What it is, for a file with modules that FLUX.1 has not."""
     stems = {key: split_key(key)[0] for key in header.entries}
@@ -114,7 +117,7 @@ def _width(header: Header, module: str) -> int:
     return 0
 
 
-def _hidden(ours: Mapping[str, torch.Size]) -> int:
+def _hidden(ours: Mapping[str, Shape]) -> int:
     """The width of the transformer's blocks."""
     return ours["x_embedder.weight"][0]
 

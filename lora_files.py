@@ -9,8 +9,8 @@ from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from safetensors import SafetensorError, safe_open
-
+from lora_families import foreign_family
+from lora_header import read_header
 from lora_network import Stop
 from lora_references import LoraError
 from lora_remote import check_space, too_large
@@ -82,23 +82,10 @@ def extract_lora(archive: Path, into: Path, label: str, most_bytes: int, stop: S
 
 
 def check_lora_file(path: Path, label: str) -> None:
-    """Raises `LoraError` unless `path` is a whole safetensors file that looks like a LoRA.
-
-    safetensors itself checks the format (github.com/huggingface/safetensors): a bounded header, known dtypes, shapes
-    and offsets that agree with each other and cover the file without gap or overlap.
-    """
-    try:
-        with safe_open(path, framework="np") as file:
-            keys = list(file.keys())
-    except (SafetensorError, OSError, ValueError) as error:
-        raise LoraError(f"{label} is not a whole safetensors file ({_first_words(error)}).") from None
-    if not keys:
-        raise LoraError(f"{label} is a safetensors file without a single tensor.")
-    if not any(ADAPTER_KEY.search(key) for key in keys):
-        raise LoraError(
-            f"{label} is not a LoRA: none of its {len(keys)} tensors is named like a part of one (the first is "
-            f"{keys[0][:80]!r}); a whole model cannot be used here."
-        )
+    """Raises `LoraError` unless `path` is a whole safetensors file that looks like a LoRA."""
+    header = read_header(path, label)
+    if not any(ADAPTER_KEY.search(key) for key in header.entries):
+        raise LoraError(f"{label} is {foreign_family(header) or 'not a LoRA'}.")
 
 
 def add_metadata(path: Path, into: Path, more: Mapping[str, str], label: str, stop: Stop) -> str:
@@ -165,7 +152,3 @@ def _write(blocks: Iterable[bytes], into: Path, stop: Stop, label: str) -> str:
     except OSError as error:
         raise LoraError(f"{label} cannot be written into LORA_CACHE_DIR: {error.strerror}.") from None
     return digest.hexdigest()
-
-
-def _first_words(error: Exception) -> str:
-    return re.sub(r"\s+", " ", str(error)).strip().removeprefix("Error while deserializing header: ")[:100]

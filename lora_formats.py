@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from lora_families import other_family
+from lora_header import Header, Shape, read_header
 from lora_kinds import KINDS, LYCORIS_EPS, Kind, magnitude_fits, magnitude_of, split
 from lora_names import UNUSED, Key, Module, Names, Shapes
 from lora_peft import PeftConfigs
 from lora_references import LoraError
-from lora_tensors import DTYPES, FLOATS, Header, Shape, is_finite, read_header, read_tensors
+from lora_tensors import DTYPES, FLOATS, is_finite, read_tensors
 from lora_updates import Full, Update, take_rows
 
 log = logging.getLogger("flux-lora")
@@ -122,7 +123,7 @@ def _understand(header: Header, shapes: Shapes, name: str) -> list[_Group]:
 
 def _weight_of(module: Module, shapes: Shapes) -> Shape:
     """The shape of the weight that a module of the file is about: that of all its modules here, one below the other."""
-    weights = [shapes[module.component].get(f"{name}.weight", torch.Size()) for name in module.names]
+    weights = [shapes[module.component].get(f"{name}.weight", ()) for name in module.names]
     return (sum(shape[0] for shape in weights if shape), *weights[0][1:])
 
 

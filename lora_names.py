@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-import torch
+from lora_header import Shape
 
-Shapes = Mapping[str, Mapping[str, torch.Size]]  # component -> parameter name -> shape, of the model at hand
+Shapes = Mapping[str, Mapping[str, Shape]]  # component -> parameter name -> shape, of the model at hand
 
 TRANSFORMER, CLIP, T5 = "transformer", "text_encoder", "text_encoder_2"  # diffusers' names of the components
 

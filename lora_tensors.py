@@ -1,18 +1,12 @@
-"""A safetensors file, header first: what it holds, then its tensors as memory of their own.
+"""The tensors of a safetensors file, as memory of their own."""
 
-The format is a length, a JSON header of dtypes, shapes and places, and the bytes (github.com/huggingface/safetensors).
-"""
-
-import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lora_header import Entry, Header
 from lora_references import LoraError
 
 FLOATS = {
@@ -25,46 +19,6 @@ FLOATS = {
 }
 WHOLE_NUMBERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 DTYPES = FLOATS | WHOLE_NUMBERS
-
-MOST_TENSORS = 50_000  # FLUX.1 has 1,500 parameters
-
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A tensor as the header has it."""
-
-    dtype: str
-    shape: Shape
-    start: int  # of its bytes, from the end of the header
-    stop: int
-
-
-@dataclass(frozen=True)
-class Header:
-    """Of every tensor what and where it is, and the metadata."""
-
-    entries: Mapping[str, Entry]
-    metadata: Mapping[str, str]
-    size: int  # bytes, its length included
-
-
-def read_header(path: Path, name: str) -> Header:
-    """Raises `LoraError` unless `path` is a whole safetensors file; safetensors itself checks that."""
-    try:
-        with safe_open(path, framework="np"):
-            pass
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            values = json.loads(file.read(length))
-        metadata = values.pop("__metadata__", None) or {}
-        entries = {key: Entry(one["dtype"], tuple(one["shape"]), *one["data_offsets"]) for key, one in values.items()}
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise LoraError(f"{name} cannot be read as a safetensors file ({error}).") from None
-    if len(entries) > MOST_TENSORS:
-        raise LoraError(f"{name} has {len(entries)} tensors; no LoRA has more than {MOST_TENSORS}.")
-    return Header(entries, metadata, 8 + length)
 
 
 def read_tensors(path: Path, header: Header, name: str) -> dict[str, Tensor]:

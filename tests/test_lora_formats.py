@@ -331,6 +331,7 @@ PEFT_CONFIGS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Adapter 'default'")  # PEFT takes biases for damaged matrices
 @pytest.mark.parametrize("way", ["adapter_config.json", "metadata", "metadata of a component"])
 @pytest.mark.parametrize("name", PEFT_CONFIGS)
 def test_peft_merges_the_same(name: str, way: str, models: Models, shapes: Shapes, tmp_path: Path) -> None:
@@ -564,7 +565,7 @@ def test_a_file_that_is_not_whole_is_refused(shapes: Shapes, tmp_path: Path) -> 
     content = path.read_bytes()
     for damaged in (b"", content[:5], content[:-1], content + b"0", b"\xff" * 100):
         path.write_bytes(damaged)
-        with pytest.raises(LoraError, match=r"^it cannot be read as a safetensors file"):
+        with pytest.raises(LoraError, match=r"^it is not a whole safetensors file"):
             read_lora(path, shapes, "it")
 
 

@@ -306,7 +306,7 @@ WEIGHTS = b"\x02\0\0\0\0\0\0\0{}"
         ({"a.bin": b"a"}, r"holds no \.safetensors file"),
         ({"model_index.json": b"", "a.safetensors": LORA}, "is a whole model"),
         ({"a.safetensors.index.json": b"", "a-1.safetensors": b"", "a-2.safetensors": b""}, "is a whole model"),
-        ({"a.safetensors": lora_file(name="base")}, "is not a LoRA: none of its 1 tensors"),
+        ({"a.safetensors": lora_file(name="base")}, "is a whole model or a part of one, not a LoRA"),
         ({"a.safetensors": lora_file(columns=100_000)}, r"has 0\.0016 GB; LORA_MAX_GB allows 0\.001 GB"),
         ({"a.safetensors": WEIGHTS}, "without a single tensor"),
     ],
