@@ -23,11 +23,12 @@ from lora_names import UNUSED, Key, Module, Names, Shapes
 from lora_peft import PeftConfigs
 from lora_references import LoraError
 from lora_tensors import DTYPES, FLOATS, is_finite, read_tensors
-from lora_updates import Full, Update, take_rows
+from lora_updates import Full, LowRank, Update, take_rows
 
 log = logging.getLogger("flux-lora")
 
 MOST_NAMED = 3  # in one error
+ROUNDING = 0.02  # of bfloat16 factors, relative to the largest number
 MOST_TEXT = 120  # characters of a key in one error
 
 # What a module has in common with all that its writer wrote: a single one without it has lost it.
@@ -71,15 +72,33 @@ def read_lora(path: Path, shapes: Shapes, name: str) -> LoraUpdates:
     configs = PeftConfigs(header.metadata, name)
     tensors = read_tensors(path, header, name)
     updates: dict[str, dict[str, tuple[Update, ...]]] = defaultdict(dict)
+    first: dict[tuple[str, str], str] = {}  # where each parameter's update was found
+    twice = 0
     for group in groups:
-        component = updates[group.key.module.component]
+        component, stem = group.key.module.component, group.key.stem
         parts = {part: tensors[key].reshape(group.shapes[part]) for part, key in group.keys.items()}
         for part, key in group.keys.items():
             if part != "alpha" and not is_finite(parts[part]):
                 raise LoraError(f"{name} is damaged: {_short(key)} holds numbers that are not finite.")
         for parameter, update in _updates(group, parts, shapes, configs, name):
-            component[parameter] = (*component.get(parameter, ()), update)
+            known = updates[component].setdefault(parameter, (update,))[0]
+            other = first.setdefault((component, parameter), stem)
+            if known is not update and not _same(known, update):
+                both = f"{_short(other)} and {_short(stem)}"
+                raise LoraError(f"{name} cannot be used: {both} are about the same weight and differ.")
+            twice += known is not update
+    if twice:
+        log.info("%s names %d weights twice, in two dialects, and says the same of them", name, twice)
     return LoraUpdates(_writers(groups), dict(updates))
+
+
+def _same(one: Update, other: Update) -> bool:
+    """Whether two low-rank updates make the same difference, but for the rounding of their factors."""
+    if not (isinstance(one, LowRank) and isinstance(other, LowRank)):
+        return False
+    probe = torch.linspace(-1, 1, one.down.shape[1])
+    left, right = (update.scale * (update.up.float() @ (update.down.float() @ probe)) for update in (one, other))
+    return torch.allclose(left, right, rtol=0, atol=ROUNDING * float(left.abs().max()))
 
 
 def _writers(groups: Collection[_Group]) -> str:
@@ -111,7 +130,7 @@ def _understand(header: Header, shapes: Shapes, name: str) -> list[_Group]:
     _rename_whole_differences(groups.values(), shapes)
     for group in groups.values():
         wrong += _misfits(group, shapes)
-    wrong += _conflicts(groups.values()) + _lost(groups.values())
+    wrong += _lost(groups.values())
     if not unknown and not wrong and groups:
         return list(groups.values())
     if error := other_family(header, shapes, name):
@@ -164,19 +183,6 @@ def _misfits(group: _Group, shapes: Shapes) -> list[str]:
     return wrong + [
         f"{_short(group.keys[part])} does not fit" for part in fits if part in has and not fits[part](has[part])
     ]
-
-
-def _conflicts(groups: Collection[_Group]) -> list[str]:
-    """Keys in two dialects that speak of the same weight; which of them counts, nobody knows."""
-    first: dict[tuple[str, str, bool], str] = {}
-    wrong = []
-    for group in groups:
-        for of_bias in {part in ("diff_b", "up_bias") for part in group.keys}:
-            for name in group.key.module.names:
-                other = first.setdefault((group.key.module.component, name, of_bias), group.key.stem)
-                if other != group.key.stem:
-                    wrong.append(f"{_short(other)} and {_short(group.key.stem)} are about the same weight")
-    return wrong
 
 
 def _lost(groups: Collection[_Group]) -> list[str]:

@@ -1,6 +1,5 @@
 """The tensors of a safetensors file, as memory of their own."""
 
-import math
 from pathlib import Path
 
 import torch
@@ -19,6 +18,16 @@ FLOATS = {
 }
 WHOLE_NUMBERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 DTYPES = FLOATS | WHOLE_NUMBERS
+
+BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
+NOT_FINITE = {  # the bits of the smallest positive value that is no number; all above are none either
+    torch.float64: 0x7FF0_0000_0000_0000,
+    torch.float32: 0x7F80_0000,
+    torch.float16: 0x7C00,
+    torch.bfloat16: 0x7F80,
+    torch.float8_e4m3fn: 0x7F,
+    torch.float8_e5m2: 0x7C,
+}
 
 
 def read_tensors(path: Path, header: Header, name: str) -> dict[str, Tensor]:
@@ -41,7 +50,10 @@ def _view(data: Tensor, entry: Entry) -> Tensor:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether there is neither an infinity nor a NaN in it."""
-    if tensor.dtype.itemsize == 1:
-        tensor = tensor.float()
-    return tensor.numel() == 0 or all(math.isfinite(float(extreme)) for extreme in tensor.aminmax())
+    """Whether there is neither an infinity nor a NaN in it: by its bits, which numpy reads at memory's speed and in
+    this thread, where torch would start a team of threads for each of a thousand tensors."""
+    first = NOT_FINITE[tensor.dtype]
+    bits = tensor.reshape(-1).view(BITS[tensor.dtype.itemsize]).numpy()
+    return bits.size == 0 or bool(
+        bits.max() < first and bits.view(f"u{bits.itemsize}").max() < first + (1 << (8 * bits.itemsize - 1))
+    )

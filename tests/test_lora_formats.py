@@ -250,6 +250,20 @@ def test_biases_norms_and_embeddings(base: Base, read: Read) -> None:
         torch.testing.assert_close(found[where], difference)
 
 
+def test_a_lora_that_is_in_the_file_twice_counts_once(shapes: Shapes, base: Base, read: Read) -> None:
+    """So that it loads everywhere, some are written in diffusers' names and in kohya's."""
+    file = make_lora(shapes, "kohya", only="double_blocks_._img_attn_qkv", rank=3)
+    for i, name in product((0, 1), "qkv"):
+        stem = f"lora_unet_double_blocks_{i}_img_attn_qkv"
+        rows = slice("qkv".index(name) * 16, "qkv".index(name) * 16 + 16)
+        again = f"transformer.transformer_blocks.{i}.attn.to_{name}"
+        file.tensors[f"{again}.lora_A.weight"] = file.tensors[f"{stem}.lora_down.weight"] / 2  # alpha / rank
+        file.tensors[f"{again}.lora_B.weight"] = file.tensors[f"{stem}.lora_up.weight"][rows].clone()
+    assert_makes(read(file), file, base)
+    file.tensors["transformer.transformer_blocks.0.attn.to_q.lora_A.weight"] *= 1.1
+    assert "are about the same weight and differ" in refusal(read, file)
+
+
 def test_what_flux_does_not_use_is_left_out_aloud(
     shapes: Shapes, base: Base, read: Read, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -545,7 +559,7 @@ def test_an_alpha_without_a_meaning_is_not_looked_at(shapes: Shapes, base: Base,
         (lambda tensors: tensors.update({"\n" * 5000: torch.ones(1)}), r"nothing here is called '\\n"),
         (
             lambda tensors: tensors.update({"lora_unet_single_blocks_1_linear2.diff": torch.ones(16, 80)}),
-            r"single_blocks_1_linear2\b.* are about the same weight",
+            r"single_blocks_1_linear2\b.* are about the same weight and differ",
         ),
     ],
 )
