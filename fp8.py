@@ -1,0 +1,106 @@
+"""The fp8 linear layer, and a transformer's fp8 twin made from its pristine weights.
+
+A weight is kept as float8_e4m3fn with one float32 scale per output row; activations are scaled per token when they
+arrive, so nothing is calibrated and the same input always gives the same output. The product is torch's scaled matrix
+product, the same call on every device; where its kernel cannot be used, the weight alone is fp8 (`weight_only`).
+"""
+
+from collections.abc import Callable, Collection
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - its usual name
+from diffusers import FluxTransformer2DModel
+from torch import Tensor, nn
+
+Base: TypeAlias = Callable[[str], Tensor]  # a parameter's name -> its pristine value, any float dtype
+
+FP8 = torch.float8_e4m3fn
+LARGEST = torch.finfo(FP8).max  # 448
+SMALLEST_AMPLITUDE = 1e-12  # of a row, so that a row of zeros has a scale
+KERNEL_MULTIPLE = 16  # scaled_mm's kernels take sides that are multiples of this
+BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")  # inside them every linear layer is fp8, outside none
+
+
+class Fp8Linear(nn.Module):
+    """y = x W^T + bias with W in fp8. x: [..., in_features]; y: [..., out_features] in x's dtype.
+
+    A single row, such as the modulation layers get, is multiplied unquantized: one row is bound by reading the weight,
+    which stays fp8, and what modulates every token is best left exact. So are layers whose sides are not multiples of
+    16. `weight_only` does so for every input, for GPUs without fp8 matrix units.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, weight_only: bool) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight_only = weight_only or bool(in_features % KERNEL_MULTIPLE or out_features % KERNEL_MULTIPLE)
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=FP8), requires_grad=False)
+        self.register_buffer("scale", torch.empty(out_features, 1))  # float32
+        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False)
+        self.scale: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.in_features)
+        if self.weight_only or rows.shape[0] == 1:
+            product = F.linear(rows, self.weight.to(x.dtype)) * self.scale.squeeze(1) + self.bias
+            return product.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+        quantized, scale = quantize_rows(rows)
+        product = torch._scaled_mm(
+            quantized, self.weight.t(), scale, self.scale.t(), self.bias, out_dtype=x.dtype, use_fast_accum=True
+        )
+        return product.reshape(*x.shape[:-1], self.out_features)
+
+    @torch.no_grad()
+    def quantize_rows_(self, first_row: int, rows: Tensor) -> None:
+        """Write `rows`, [n, in_features] of any float dtype, over the weight's rows from `first_row` on, in place."""
+        weight, scale = quantize_rows(rows.to(self.weight.device))
+        self.weight[first_row : first_row + len(rows)].copy_(weight)
+        self.scale[first_row : first_row + len(rows)].copy_(scale)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, weight_only={self.weight_only}"
+
+
+def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """[n, width] of any float dtype -> float8_e4m3fn [n, width] and float32 scales [n, 1] that give the rows back."""
+    scale = rows.abs().amax(dim=1, keepdim=True).float().clamp(min=SMALLEST_AMPLITUDE) / LARGEST
+    return (rows.float() / scale).to(FP8), scale
+
+
+def empty_twin(
+    transformer: FluxTransformer2DModel, *, weight_only: bool, layers: Collection[str] | None = None
+) -> FluxTransformer2DModel:
+    """A transformer of the same shape in which `layers` (None: all inside the blocks) are fp8. It has no weights yet:
+    they are on the meta device."""
+    with torch.device("meta"):
+        twin = FluxTransformer2DModel.from_config(transformer.config)
+        for name in fp8_layers(twin) if layers is None else layers:
+            linear = twin.get_submodule(name)
+            twin.set_submodule(name, Fp8Linear(linear.in_features, linear.out_features, weight_only=weight_only))
+    return twin.eval()
+
+
+def fp8_layers(transformer: nn.Module) -> list[str]:
+    """The names of the linear layers that are fp8 in the twin."""
+    modules = transformer.named_modules()
+    return [name for name, module in modules if name.startswith(BLOCKS) and isinstance(module, nn.Linear | Fp8Linear)]
+
+
+@torch.no_grad()
+def load_twin(twin: nn.Module, base: Base, device: torch.device, dtype: torch.dtype) -> None:
+    """Give every weight of the twin new storage on `device` and its pristine value: fp8, or `dtype` where it stays so.
+
+    One weight at a time goes over in high precision. Parameters that have been on a device stay the objects that they
+    are, so that what was compiled for them stays valid.
+    """
+    for owner_name, owner in twin.named_modules():
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            pristine = base(f"{owner_name}.{name}").to(device)
+            if parameter.dtype == FP8:
+                value, owner.scale = quantize_rows(pristine)
+            else:
+                value = pristine.to(dtype, copy=True)
+            if parameter.is_meta:
+                setattr(owner, name, nn.Parameter(value, requires_grad=False))
+            else:
+                parameter.data = value
