@@ -30,14 +30,13 @@ class Fp8Linear(nn.Module):
     16. `weight_only` does so for every input, for GPUs without fp8 matrix units.
     """
 
-    def __init__(self, in_features: int, out_features: int, *, weight_only: bool) -> None:
+    def __init__(self, in_features: int, out_features: int, *, weight_only: bool, dtype: torch.dtype) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.weight_only = weight_only or bool(in_features % KERNEL_MULTIPLE or out_features % KERNEL_MULTIPLE)
         self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=FP8), requires_grad=False)
-        self.register_buffer("scale", torch.empty(out_features, 1))  # float32
-        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False)
-        self.scale: Tensor
+        self.scale = nn.Parameter(torch.empty(out_features, 1, dtype=torch.float32), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
@@ -67,17 +66,19 @@ def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     return (rows.float() / scale).to(FP8), scale
 
 
-def empty_twin(
+def new_twin(
     transformer: FluxTransformer2DModel, *, weight_only: bool, layers: Collection[str] | None = None
 ) -> FluxTransformer2DModel:
-    """A transformer of the same shape in which `layers` (None: all inside the blocks) are fp8. It has no weights yet:
-    they are on the meta device."""
+    """A transformer of the same shape in which `layers` (None: all inside the blocks) are fp8. Its weights are on the
+    meta device: `load_twin` gives it real ones."""
     with torch.device("meta"):
         twin = FluxTransformer2DModel.from_config(transformer.config)
+        nn.Module.to(twin, transformer.dtype)
         for name in fp8_layers(twin) if layers is None else layers:
             linear = twin.get_submodule(name)
-            twin.set_submodule(name, Fp8Linear(linear.in_features, linear.out_features, weight_only=weight_only))
-    return twin.eval()
+            fp8 = Fp8Linear(linear.in_features, linear.out_features, weight_only=weight_only, dtype=transformer.dtype)
+            twin.set_submodule(name, fp8)
+    return twin.eval().requires_grad_(False)
 
 
 def fp8_layers(transformer: nn.Module) -> list[str]:
@@ -87,20 +88,29 @@ def fp8_layers(transformer: nn.Module) -> list[str]:
 
 
 @torch.no_grad()
-def load_twin(twin: nn.Module, base: Base, device: torch.device, dtype: torch.dtype) -> None:
-    """Give every weight of the twin new storage on `device` and its pristine value: fp8, or `dtype` where it stays so.
+def load_twin(twin: nn.Module, base: Base, device: torch.device) -> None:
+    """Give every weight of the twin new storage on `device` and its pristine value, quantized where it is fp8.
 
-    One weight at a time goes over in high precision. Parameters that have been on a device stay the objects that they
-    are, so that what was compiled for them stays valid.
+    One weight at a time goes over in high precision.
     """
     for owner_name, owner in twin.named_modules():
         for name, parameter in list(owner.named_parameters(recurse=False)):
+            if isinstance(owner, Fp8Linear) and name == "scale":
+                continue  # comes with its weight
             pristine = base(f"{owner_name}.{name}").to(device)
             if parameter.dtype == FP8:
-                value, owner.scale = quantize_rows(pristine)
+                weight, scale = quantize_rows(pristine)
+                give_storage(owner, "weight", weight)
+                give_storage(owner, "scale", scale)
             else:
-                value = pristine.to(dtype, copy=True)
-            if parameter.is_meta:
-                setattr(owner, name, nn.Parameter(value, requires_grad=False))
-            else:
-                parameter.data = value
+                give_storage(owner, name, pristine.to(parameter.dtype, copy=True))
+
+
+def give_storage(owner: nn.Module, name: str, value: Tensor) -> None:
+    """Put `value` into a parameter, which stays the object that it is: what was compiled for it stays valid. One on the
+    meta device cannot and is replaced."""
+    parameter = owner.get_parameter(name)
+    if parameter.is_meta:
+        setattr(owner, name, nn.Parameter(value, requires_grad=False))
+    else:
+        parameter.data = value

@@ -12,9 +12,20 @@ from PIL import Image
 from tqdm import tqdm
 
 from checkpoints import find_checkpoints, is_demo
-from device import check_device, choose_device, compute_dtype
-from flux_pipelines import Flux, Job, decode, denoise, encode_picture, encode_prompt, load_flux, steps_to_run
-from images import Inputs, keep_unmasked, read_inputs, save_pictures
+from device import check_device, choose_device, compute_dtype, memory_of
+from flux_pipelines import (
+    Flux,
+    Job,
+    decode,
+    denoise,
+    encode_picture,
+    encode_prompt,
+    fits,
+    load_flux,
+    settle,
+    steps_to_run,
+)
+from images import Inputs, Size, keep_unmasked, read_inputs, save_pictures
 from lora_references import parse_reference
 from phases import Phases
 from safety import BlockedError, load_screener
@@ -45,7 +56,8 @@ class Predictor(BaseRunner):
         with phases.time("find weights"):
             folders = find_checkpoints(self.settings)
         with phases.time("load models"):
-            self.models = load_flux(folders, self.device, compute_dtype(self.device))
+            self.models = load_flux(folders, self.device, compute_dtype(self.device), memory_of(self.device))
+            settle(self.models)
         phases.report()
         self.demos = {name for name, folder in folders.items() if is_demo(folder)}
         self.output_folders: deque[tempfile.TemporaryDirectory[str]] = deque()
@@ -163,11 +175,11 @@ class Predictor(BaseRunner):
         num_outputs, steps, quality = int(num_outputs), int(num_inference_steps), int(output_quality)
         seed = _usable_seed(seed, num_outputs)
         _refuse_loras(replicate_weights, extra_lora)
-        self._say_what_differs(model, go_fast)
-        phases, flux = Phases(self.device), self.models[model]
+        phases = Phases(self.device)
 
         with phases.time("read"):
             inputs = read_inputs(image, mask, aspect_ratio, megapixels, width, height)
+        flux = self._choose(model, inputs.size, fast=go_fast, custom=aspect_ratio == "custom" and not image)
         log.info("%s, %s, %d x %d, seed %d", model, inputs.mode, *inputs.size, seed)
         if inputs.picture and self.settings.safety_check_inputs and not disable_safety_checker:
             self._screen_input(inputs.picture, phases)
@@ -211,14 +223,19 @@ class Predictor(BaseRunner):
         with phases.time("safety"):
             return self.screener.allowed(pictures)
 
-    def _say_what_differs(self, model: str, go_fast: bool) -> None:
-        """Nothing is done otherwise than asked without a line in the log."""
+    def _choose(self, model: str, size: Size, *, fast: bool, custom: bool) -> Flux:
+        """The model in the precision that was asked for; nothing is done otherwise without a line in the log."""
         if model in self.demos:
             log.warning(
                 "%s is the demo model: it draws one plain shape, such as a red circle on a white background", model
             )
-        if go_fast:
-            log.warning("go_fast: this version has no fp8 yet and runs %s", self.models[model].precision)
+        flux = self.models[model]
+        if flux.fast and not fits(flux, size) and (custom or not fast):
+            log.warning("this GPU's memory cannot hold %s in %s: it runs in fp8", model, flux.precision)
+            return flux.fast
+        if fast and custom:
+            log.warning("go_fast: custom sizes run in %s", flux.precision)
+        return flux.fast if fast and flux.fast and not custom else flux
 
     def _fresh_output_folder(self) -> pathlib.Path:
         """A new temporary folder. Cog's server reads the pictures after run() has returned, so they stay a while."""

@@ -1,0 +1,210 @@
+"""Which parts of the models are on the device: planned from their sizes, carried out, and logged.
+
+A request needs its parts one stage after another: the text encoders, then one transformer, then the VAE. What is on the
+device stays there until something else needs the room; then the least recently used goes first. Nothing is carried back
+to the host: a part that left is built again from its file, which the host keeps mapped.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fp8 import give_storage
+
+log = logging.getLogger("flux-lora")
+
+GB = 10**9
+VAE = "VAE"
+FP8_SUFFIX = " fp8"
+
+
+class TooSmallError(RuntimeError):
+    """The device cannot hold what is needed at once; the message says what it needs."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes for weights and activations on the device, and for mapped files on the host."""
+
+    device: int
+    host: int
+
+
+@dataclass(frozen=True)
+class Moves:
+    """What has to leave the device, in that order, and then come to it."""
+
+    evict: list[str]
+    load: list[str]
+
+
+def plan_moves(
+    sizes: Mapping[str, int], device: int, resident: Sequence[str], needed: Collection[str], work: int
+) -> Moves:
+    """How to have all of `needed` on a device of so many bytes, with `work` bytes left for activations.
+
+    `resident` is what is there, least recently used first; it stays as far as there is room. Raises `TooSmallError`.
+    """
+    room = device - work - sum(sizes[name] for name in needed)
+    if room < 0:
+        raise TooSmallError(
+            f"The device has {device / GB:.1f} GB for models, but {_listed(needed)} with {work / GB:.1f} GB to work in "
+            f"need {(device - room) / GB:.1f} GB at once."
+        )
+    others = [name for name in resident if name not in needed]
+    evict = []
+    while sum(sizes[name] for name in others) > room:
+        evict.append(others.pop(0))
+    return Moves(evict, [name for name in needed if name not in resident])
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a device of some size does with the models."""
+
+    usable: list[str]  # the transformers that it can run
+    resident: list[str]  # what it holds at once when nothing is asked for twice: brought there at the start
+    waiting: list[str]  # the other parts, built when asked for from files that host memory can hold
+    on_disk: list[str]  # the same from files that it cannot hold as well
+    encoders_stay: bool  # whether the text encoders fit beside a transformer
+
+
+def plan_layout(
+    sizes: Mapping[str, int], memory: Memory, transformers: Sequence[str], encoders: Sequence[str], work: int
+) -> Layout:
+    """Lay out `transformers`, the most wanted first, and the text encoders; the VAE stays beside any transformer.
+
+    `sizes` has all of them; "dev fp8" is built from the file of "dev". Raises `TooSmallError` when not one transformer,
+    or not even the encoders, can be on the device.
+    """
+    usable = [name for name in transformers if sizes[name] + sizes[VAE] + work <= memory.device]
+    smallest = min(transformers, key=lambda name: sizes[name])
+    for needed in ([smallest, VAE], encoders):
+        plan_moves(sizes, memory.device, [], needed, work)
+    room = memory.device - work - sizes[VAE]
+    encoders_stay = sizes[usable[0]] + sum(sizes[name] for name in encoders) <= room
+    resident, others = [VAE], []
+    for name in [*(encoders if encoders_stay else []), *usable, *([] if encoders_stay else encoders)]:
+        if sizes[name] <= room and (encoders_stay or name not in encoders):
+            resident.append(name)
+            room -= sizes[name]
+        else:
+            others.append(name)
+    host, files, waiting, on_disk = memory.host, set[str](), [], []
+    for name in others:
+        file = name.removesuffix(FP8_SUFFIX)
+        if file not in files and sizes[file] > host:
+            on_disk.append(name)
+        else:
+            waiting.append(name)
+            host -= 0 if file in files else sizes[file]
+            files.add(file)
+    return Layout(usable, resident, waiting, on_disk, encoders_stay)
+
+
+@dataclass
+class _Part:
+    module: nn.Module
+    bytes: int
+    load: Callable[[], None]  # gives every parameter of the module storage on the device, and its pristine value
+
+
+class Residency:
+    """The parts that are on the device, least recently used first. Without a `Memory` (a CPU, whose mapped files the
+    operating system moves) there is room for all, and a part is only ever loaded."""
+
+    def __init__(self, memory: Memory | None = None) -> None:
+        self.memory = memory
+        self.resident: list[str] = []
+        self.on_load: list[Callable[[nn.Module], None]] = []  # told of every module whose weights are pristine again
+        self._parts: dict[str, _Part] = {}
+        self._names: dict[int, str] = {}
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {name: part.bytes for name, part in self._parts.items()}
+
+    def add(self, name: str, module: nn.Module, size: int, load: Callable[[], None], *, loaded: bool) -> None:
+        """Take charge of a part; `loaded` says that its weights are on the device already."""
+        self._parts[name] = _Part(module, size, load)
+        self._names[id(module)] = name
+        if loaded:
+            self.resident.append(name)
+
+    def fits(self, *modules: nn.Module, work: int) -> bool:
+        """Whether the device can hold all of `modules` at once, and `work` bytes beside them."""
+        needed = sum(self._parts[self._names[id(module)]].bytes for module in modules)
+        return self.memory is None or needed + work <= self.memory.device
+
+    def use(self, *modules: nn.Module, work: int = 0) -> None:
+        """Have all of `modules` on the device at once, and `work` bytes free there for what is computed with them.
+
+        Raises `TooSmallError` when they do not fit, before anything has moved.
+        """
+        needed = [self._names[id(module)] for module in modules]
+        if self.memory is None:
+            moves = Moves([], [name for name in needed if name not in self.resident])
+        else:
+            moves = plan_moves(self.sizes, self.memory.device, self.resident, needed, work)
+        for name in moves.evict:
+            self.evict(name)
+        for name in moves.load:
+            self._load(name)
+        self.resident = [name for name in self.resident if name not in needed] + needed
+
+    def bring(self, layout: Layout) -> None:
+        """Load what the layout keeps on the device, and say in the log what it does with the rest."""
+        for name in layout.resident:
+            self.use(self._parts[name].module)
+        for names, text in (
+            (layout.waiting, "built from host memory when asked for"),
+            (layout.on_disk, "built from the disk when asked for, because host memory cannot hold its file as well"),
+        ):
+            for name in names:
+                log.info("%s: %s", name, text)
+
+    def evict(self, name: str) -> None:
+        """Give a part's memory back."""
+        log.info("%s leaves the device", name)
+        self.resident.remove(name)
+        release(self._parts[name].module)
+
+    def evict_all(self) -> None:
+        for name in list(self.resident):
+            self.evict(name)
+
+    def _load(self, name: str) -> None:
+        started = time.perf_counter()
+        part = self._parts[name]
+        try:
+            part.load()
+        except BaseException:  # out of memory or cancelled: half a part is none
+            release(part.module)
+            raise
+        self.resident.append(name)
+        for told in self.on_load:
+            told(part.module)
+        log.info("%s comes to the device: %.1f GB in %.1f s", name, part.bytes / GB, time.perf_counter() - started)
+
+
+def release(module: nn.Module, device: torch.device | None = None) -> None:
+    """Free the storage of every parameter; each stays the object that it is. With a `device`, it counts as there."""
+    for owner in module.modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            give_storage(owner, name, torch.empty(0, dtype=parameter.dtype, device=device or parameter.device))
+
+
+def transplant(source: nn.Module, module: nn.Module) -> None:
+    """Give `module` the storage of `source`, a newly loaded module of the same structure."""
+    mine, loaded = ([*part.parameters(), *part.buffers()] for part in (module, source))
+    for tensor, value in zip(mine, loaded, strict=True):
+        tensor.data = value.data
+
+
+def _listed(names: Collection[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last
