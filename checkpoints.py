@@ -2,10 +2,8 @@
 
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
@@ -16,8 +14,6 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from safetensors import safe_open
-from torch import Tensor
 
 from settings import Settings, SettingsError
 
@@ -135,12 +131,3 @@ def _demo(model: str, variable: str, weights: Path) -> Path:
         model,
     )
     return folder
-
-
-def open_weights(folder: Path) -> Callable[[str], Tensor]:
-    """The tensors of a part by name, from its safetensors file or files; they stay in the mapped files until used."""
-    tensors: dict[str, Callable[[], Tensor]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        file: Any = safe_open(path, framework="pt")
-        tensors |= {name: partial(file.get_tensor, name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    return lambda name: tensors[name]()

@@ -5,15 +5,14 @@ arrive, so nothing is calibrated and the same input always gives the same output
 product, the same call on every device; where its kernel cannot be used, the weight alone is fp8 (`weight_only`).
 """
 
-from collections.abc import Callable, Collection
-from typing import TypeAlias
+from collections.abc import Collection
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
-Base: TypeAlias = Callable[[str], Tensor]  # a parameter's name -> its pristine value, any float dtype
+from lora_updates import Base
 
 FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max  # 448
@@ -35,8 +34,9 @@ class Fp8Linear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.weight_only = weight_only or bool(in_features % KERNEL_MULTIPLE or out_features % KERNEL_MULTIPLE)
         self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=FP8), requires_grad=False)
-        self.scale = nn.Parameter(torch.empty(out_features, 1, dtype=torch.float32), requires_grad=False)
+        self.register_buffer("scale", torch.empty(out_features, 1, dtype=torch.float32))
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False)
+        self.scale: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
@@ -69,8 +69,8 @@ def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
 def new_twin(
     transformer: FluxTransformer2DModel, *, weight_only: bool, layers: Collection[str] | None = None
 ) -> FluxTransformer2DModel:
-    """A transformer of the same shape in which `layers` (None: all inside the blocks) are fp8. Its weights are on the
-    meta device: `load_twin` gives it real ones."""
+    """A transformer of the same shape in which `layers` (None: all inside the blocks) are fp8. It has no weights yet:
+    they are on the meta device."""
     with torch.device("meta"):
         twin = FluxTransformer2DModel.from_config(transformer.config)
         nn.Module.to(twin, transformer.dtype)
@@ -88,29 +88,31 @@ def fp8_layers(transformer: nn.Module) -> list[str]:
 
 
 @torch.no_grad()
-def load_twin(twin: nn.Module, base: Base, device: torch.device) -> None:
-    """Give every weight of the twin new storage on `device` and its pristine value, quantized where it is fp8.
+def load_weights(module: nn.Module, pristine: Base, device: torch.device) -> None:
+    """Give every parameter new storage on `device` and its pristine value, quantized where the layer is fp8.
 
-    One weight at a time goes over in high precision.
+    One weight at a time goes over in the file's precision. Each parameter stays the object that it is, so that what was
+    compiled for it stays valid.
     """
-    for owner_name, owner in twin.named_modules():
-        for name, parameter in list(owner.named_parameters(recurse=False)):
-            if isinstance(owner, Fp8Linear) and name == "scale":
-                continue  # comes with its weight
-            pristine = base(f"{owner_name}.{name}").to(device)
-            if parameter.dtype == FP8:
-                weight, scale = quantize_rows(pristine)
-                give_storage(owner, "weight", weight)
-                give_storage(owner, "scale", scale)
+    for name, parameter in module.named_parameters():
+        owner = module.get_submodule(name.rpartition(".")[0])
+        if isinstance(owner, Fp8Linear) and parameter is owner.weight:
+            parameter.data, owner.scale.data = quantize_rows(pristine(name).to(device))
+        else:
+            parameter.data = pristine(name).to(device, parameter.dtype, copy=True)
+
+
+def release_weights(module: nn.Module, device: torch.device) -> None:
+    """Free every parameter's storage; what is left of it counts as on `device`. Buffers, which are small, go there."""
+    for owner in module.modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            nothing = torch.empty(0, dtype=parameter.dtype, device=device)
+            if parameter.is_meta:  # cannot be given storage
+                setattr(owner, name, nn.Parameter(nothing, requires_grad=False))
             else:
-                give_storage(owner, name, pristine.to(parameter.dtype, copy=True))
-
-
-def give_storage(owner: nn.Module, name: str, value: Tensor) -> None:
-    """Put `value` into a parameter, which stays the object that it is: what was compiled for it stays valid. One on the
-    meta device cannot and is replaced."""
-    parameter = owner.get_parameter(name)
-    if parameter.is_meta:
-        setattr(owner, name, nn.Parameter(value, requires_grad=False))
-    else:
-        parameter.data = value
+                parameter.data = nothing
+        for name, buffer in owner.named_buffers(recurse=False):
+            if buffer.is_meta:
+                setattr(owner, name, torch.empty_like(buffer, device=device))
+            else:
+                buffer.data = buffer.to(device)

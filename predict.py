@@ -13,18 +13,8 @@ from tqdm import tqdm
 
 from checkpoints import find_checkpoints, is_demo
 from device import check_device, choose_device, compute_dtype, memory_of
-from flux_pipelines import (
-    Flux,
-    Job,
-    decode,
-    denoise,
-    encode_picture,
-    encode_prompt,
-    fits,
-    load_flux,
-    settle,
-    steps_to_run,
-)
+from flux_models import Flux, fits, load_flux, settle
+from flux_pipelines import Job, decode, denoise, encode_picture, encode_prompt, steps_to_run
 from images import Inputs, Size, keep_unmasked, read_inputs, save_pictures
 from lora_references import parse_reference
 from phases import Phases

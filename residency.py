@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fp8 import give_storage
+from fp8 import load_weights, release_weights
+from pristine import Pristine
 
 log = logging.getLogger("flux-lora")
 
@@ -106,34 +107,46 @@ def plan_layout(
     return Layout(usable, resident, waiting, on_disk, encoders_stay)
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Part:
     module: nn.Module
+    pristine: Pristine
     bytes: int
-    load: Callable[[], None]  # gives every parameter of the module storage on the device, and its pristine value
 
 
 class Residency:
     """The parts that are on the device, least recently used first. Without a `Memory` (a CPU, whose mapped files the
     operating system moves) there is room for all, and a part is only ever loaded."""
 
-    def __init__(self, memory: Memory | None = None) -> None:
+    def __init__(self, device: torch.device, memory: Memory | None = None) -> None:
+        self.device = device
         self.memory = memory
         self.resident: list[str] = []
         self.on_load: list[Callable[[nn.Module], None]] = []  # told of every module whose weights are pristine again
         self._parts: dict[str, _Part] = {}
-        self._names: dict[int, str] = {}
+        self._names: dict[int, str] = {}  # of the parts, by their modules
 
     @property
     def sizes(self) -> dict[str, int]:
         return {name: part.bytes for name, part in self._parts.items()}
 
-    def add(self, name: str, module: nn.Module, size: int, load: Callable[[], None], *, loaded: bool) -> None:
-        """Take charge of a part; `loaded` says that its weights are on the device already."""
-        self._parts[name] = _Part(module, size, load)
+    def add(self, name: str, module: nn.Module, pristine: Pristine, *, loaded: bool) -> None:
+        """Take charge of a part. `loaded`: it is on the device; otherwise it has no weights until it is used."""
+        size = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+        self._parts[name] = _Part(module, pristine, size)
         self._names[id(module)] = name
         if loaded:
             self.resident.append(name)
+        else:
+            release_weights(module, self.device)
+
+    def pristine(self, module: nn.Module) -> Pristine:
+        """A part's weights as its file has them."""
+        return self._parts[self._names[id(module)]].pristine
+
+    def has(self, module: nn.Module) -> bool:
+        """Whether a part is on the device."""
+        return self._names[id(module)] in self.resident
 
     def fits(self, *modules: nn.Module, work: int) -> bool:
         """Whether the device can hold all of `modules` at once, and `work` bytes beside them."""
@@ -151,7 +164,7 @@ class Residency:
         else:
             moves = plan_moves(self.sizes, self.memory.device, self.resident, needed, work)
         for name in moves.evict:
-            self.evict(name)
+            self._evict(name)
         for name in moves.load:
             self._load(name)
         self.resident = [name for name in self.resident if name not in needed] + needed
@@ -167,42 +180,27 @@ class Residency:
             for name in names:
                 log.info("%s: %s", name, text)
 
-    def evict(self, name: str) -> None:
-        """Give a part's memory back."""
-        log.info("%s leaves the device", name)
-        self.resident.remove(name)
-        release(self._parts[name].module)
-
     def evict_all(self) -> None:
+        """Give all memory back; what is used next is loaded again."""
         for name in list(self.resident):
-            self.evict(name)
+            self._evict(name)
+
+    def _evict(self, name: str) -> None:
+        self.resident.remove(name)
+        release_weights(self._parts[name].module, self.device)
+        log.info("%s leaves the device", name)
 
     def _load(self, name: str) -> None:
-        started = time.perf_counter()
-        part = self._parts[name]
+        started, part = time.perf_counter(), self._parts[name]
         try:
-            part.load()
+            load_weights(part.module, part.pristine, self.device)
         except BaseException:  # out of memory or cancelled: half a part is none
-            release(part.module)
+            release_weights(part.module, self.device)
             raise
         self.resident.append(name)
         for told in self.on_load:
             told(part.module)
         log.info("%s comes to the device: %.1f GB in %.1f s", name, part.bytes / GB, time.perf_counter() - started)
-
-
-def release(module: nn.Module, device: torch.device | None = None) -> None:
-    """Free the storage of every parameter; each stays the object that it is. With a `device`, it counts as there."""
-    for owner in module.modules():
-        for name, parameter in owner.named_parameters(recurse=False):
-            give_storage(owner, name, torch.empty(0, dtype=parameter.dtype, device=device or parameter.device))
-
-
-def transplant(source: nn.Module, module: nn.Module) -> None:
-    """Give `module` the storage of `source`, a newly loaded module of the same structure."""
-    mine, loaded = ([*part.parameters(), *part.buffers()] for part in (module, source))
-    for tensor, value in zip(mine, loaded, strict=True):
-        tensor.data = value.data
 
 
 def _listed(names: Collection[str]) -> str:
