@@ -15,9 +15,8 @@ import transformers
 from cachetools import LRUCache
 from diffusers import (
     AutoencoderKL,
+    FirstBlockCacheConfig,
     FlowMatchEulerDiscreteScheduler,
-    FluxImg2ImgPipeline,
-    FluxInpaintPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
 )
@@ -31,6 +30,7 @@ from residency import FP8_SUFFIX, VAE, Memory, Residency, plan_layout
 
 PRECISIONS = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 EMBEDDING_CACHE_BYTES = 64 * 2**20  # a dev prompt takes 4 MiB at FLUX.1's width
+CUDNN_ATTENTION_SINCE = (9, 0)  # Hopper
 WEIGHT_SAMPLES = 64  # places at which two copies of a part are compared
 TYPICAL_SIZE = (1024, 1024)
 # of activations at the peak of a transformer's forward and of the VAE (`script/bench memory`)
@@ -64,16 +64,14 @@ def _embedding_cache() -> LRUCache[tuple[str, Hashable], PromptEmbeds]:
     return LRUCache(EMBEDDING_CACHE_BYTES, getsizeof=lambda embeds: embeds.nbytes)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Flux:
-    """One of the two models in one precision. Its three pipelines share every component; dev and schnell share all but
-    the transformer and the schedule, and a model's two precisions all but the transformer."""
+    """One of the two models in one precision. dev and schnell share all but the transformer and the schedule, a model's
+    two precisions all but the transformer."""
 
     name: str
     precision: str  # as the metrics and the log call it: "bf16", "fp32" or "fp8"
     txt2img: FluxPipeline
-    img2img: FluxImg2ImgPipeline
-    inpaint: FluxInpaintPipeline
     pristine: Mapping[str, Pristine]  # component -> its weights as the checkpoint has them
     residency: Residency
     embeddings: LRUCache[tuple[str, Hashable], PromptEmbeds] = field(default_factory=_embedding_cache)
@@ -133,12 +131,8 @@ def _load_part(residency: Residency, name: str, folder: Path, dtype: torch.dtype
 
 
 def _flux(name: str, precision: str, parts: Mapping[str, Any], residency: Residency) -> Flux:
-    kinds = (FluxPipeline, FluxImg2ImgPipeline, FluxInpaintPipeline)
-    txt2img, img2img, inpaint = pipelines = [kind(**parts) for kind in kinds]
-    for pipeline in pipelines:
-        pipeline.set_progress_bar_config(disable=True)  # the request has one bar for all its pictures
     pristine = {part: residency.pristine(parts[part]) for part in NETWORKS}
-    return Flux(name, precision, txt2img, img2img, inpaint, pristine, residency)
+    return Flux(name, precision, FluxPipeline(**parts), pristine, residency)
 
 
 def settle(models: Mapping[str, Flux]) -> None:
@@ -151,6 +145,35 @@ def settle(models: Mapping[str, Flux]) -> None:
         transformers = [name + suffix for name in models for suffix in ("", FP8_SUFFIX)]
         work = denoising_bytes(TYPICAL_SIZE)
         residency.bring(plan_layout(residency.sizes, residency.memory, transformers, ENCODERS, work))
+
+
+def compile_blocks(models: Mapping[str, Flux], *, fullgraph: bool = True, backend: str = "inductor") -> None:
+    """Have the transformers' blocks compiled when they first run: one graph for all blocks of a kind, of any picture's
+    size, of both models; weights are its inputs. `TORCHINDUCTOR_CACHE_DIR` keeps what was compiled."""
+    for flux in _precisions(models):
+        transformer = flux.txt2img.transformer
+        transformer.compile_repeated_blocks(fullgraph=fullgraph, dynamic=True, backend=backend)
+
+
+def cache_blocks(models: Mapping[str, Flux], threshold: float) -> None:
+    """Have the fp8 twins reuse the last step's result where their first block has changed by less than `threshold`
+    (diffusers' first-block cache)."""
+    for flux in models.values():
+        if flux.fast:
+            flux.fast.txt2img.transformer.enable_cache(FirstBlockCacheConfig(threshold))
+
+
+def use_fast_kernels(models: Mapping[str, Flux], device: torch.device) -> None:
+    """What a GPU has for attention and convolutions beyond torch's defaults."""
+    if device.type != "cuda":
+        return
+    for flux in _precisions(models):
+        if torch.cuda.get_device_capability(device) >= CUDNN_ATTENTION_SINCE:
+            flux.txt2img.transformer.set_attention_backend("_native_cudnn")
+
+
+def _precisions(models: Mapping[str, Flux]) -> list[Flux]:
+    return [flux for exact in models.values() for flux in (exact, exact.fast) if flux is not None]
 
 
 def fits(flux: Flux, size: Size) -> bool:

@@ -1,17 +1,25 @@
 """From a prompt to a picture, in the file's order: encode the prompt, encode the input picture, denoise, decode.
 
-The denoising itself is diffusers' own; the pictures are bit for bit those of its pipelines (`FluxPipeline`,
-`FluxImg2ImgPipeline`, `FluxInpaintPipeline`) on the same checkpoint in the same dtype with a CPU generator of the same
-seed.
+The networks and the schedule are diffusers', the loop over the steps is ours; the pictures are bit for bit those of
+diffusers' pipelines (`FluxPipeline`, `FluxImg2ImgPipeline`, `FluxInpaintPipeline`) on the same checkpoint in the same
+dtype with a CPU generator of the same seed.
 """
 
 import logging
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
+from diffusers import FluxPipeline
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
 from flux_models import Flux, PromptEmbeds, decoding_bytes, denoising_bytes
@@ -20,6 +28,9 @@ from images import Size
 log = logging.getLogger("flux-lora")
 
 MAX_SEQUENCE_LENGTH = {"dev": 512, "schnell": 256}  # T5 tokens
+LATENT_CHANNELS = 16
+SCHEDULES = 32  # that are kept: picture sizes, counts of steps, models
+MASK_PROCESSOR = VaeImageProcessor(vae_scale_factor=16, do_normalize=False, do_binarize=True, do_convert_grayscale=True)
 
 
 @dataclass(frozen=True)
@@ -75,9 +86,9 @@ def _token_ids(tokenizer: Any, prompt: str, length: int) -> torch.Tensor:
 @torch.no_grad()
 def encode_picture(flux: Flux, picture: Image.Image) -> DiagonalGaussianDistribution:
     """The VAE's posterior of an RGB picture whose sides are multiples of 16; each seed draws its own sample of it."""
-    flux.residency.use(flux.img2img.vae, work=decoding_bytes(picture.size))
-    pixels = flux.img2img.image_processor.preprocess(picture)  # [1, 3, height, width] in -1..1
-    return flux.img2img.vae.encode(pixels.to(flux.img2img.device, flux.dtype)).latent_dist
+    flux.residency.use(flux.txt2img.vae, work=decoding_bytes(picture.size))
+    pixels = flux.txt2img.image_processor.preprocess(picture)  # [1, 3, height, width] in -1..1
+    return flux.txt2img.vae.encode(pixels.to(flux.txt2img.device, flux.dtype)).latent_dist
 
 
 def steps_to_run(steps: int, strength: float) -> int:
@@ -85,46 +96,101 @@ def steps_to_run(steps: int, strength: float) -> int:
     return steps - int(max(steps - min(steps * strength, steps), 0))
 
 
+@torch.no_grad()
 def denoise(flux: Flux, job: Job, seed: int, on_step: Callable[[], object]) -> torch.Tensor:
-    """Denoise one picture. Returns packed latents [1, height/16 * width/16, 64]; calls `on_step` after every step."""
-    flux.residency.use(flux.txt2img.transformer, flux.txt2img.vae, work=denoising_bytes(job.size))
+    """Denoise one picture. Returns packed latents [1, height/16 * width/16, 64]; calls `on_step` after every step.
+
+    All that a step needs is made before the first one, so that the loop queues kernels and nothing else: no value comes
+    back from the device and none goes there.
+    """
+    transformer, (width, height) = flux.txt2img.transformer, job.size
+    flux.residency.use(transformer, flux.txt2img.vae, work=denoising_bytes(job.size))
+    device, dtype = flux.residency.device, flux.dtype
     generator = torch.Generator("cpu").manual_seed(seed)
-
-    def step_end(_pipeline: Any, _step: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
-        on_step()
-        return {}
-
-    width, height = job.size
-    arguments: dict[str, Any] = {
-        "prompt_embeds": job.embeds.t5,
-        "pooled_prompt_embeds": job.embeds.clip,
-        "width": width,
-        "height": height,
-        "num_inference_steps": job.steps,
-        "guidance_scale": job.guidance,
-        "generator": generator,
-        "output_type": "latent",
+    # drawn before the noise, as diffusers does
+    image = None if job.posterior is None else _pack(_scaled_sample(flux, job.posterior, generator))
+    shape = (1, LATENT_CHANNELS, height // 8, width // 8)
+    noise = _pack(randn_tensor(shape, generator=generator, device=device, dtype=dtype))
+    mask = None if job.mask is None else _packed_mask(job.mask, job.size).to(device, dtype)
+    schedule = make_schedule(flux, job.size, job.steps)
+    first = job.steps - job.steps_to_run
+    latents = noise if image is None else _mix(image, noise, schedule.shares[first])
+    inputs = {
+        "encoder_hidden_states": job.embeds.t5,
+        "pooled_projections": job.embeds.clip,
+        "txt_ids": torch.zeros(job.embeds.t5.shape[1], 3, device=device, dtype=dtype),
+        "img_ids": FluxPipeline._prepare_latent_image_ids(1, height // 16, width // 16, device, dtype),
+        "guidance": torch.full([1], job.guidance, device=device) if transformer.config.guidance_embeds else None,
         "return_dict": False,
-        "callback_on_step_end": step_end,
-        "callback_on_step_end_tensor_inputs": [],
     }
-    latents: torch.Tensor
-    if job.posterior is None:
-        latents = flux.txt2img(**arguments)[0]
-    else:
-        # drawn before the pipeline draws its noise, as the pipeline itself would
-        image_latents = _scaled_sample(flux, job.posterior, generator)
-        arguments |= {"image": image_latents, "strength": job.strength}
-        if job.mask is None:
-            latents = flux.img2img(**arguments)[0]
-        else:
-            # FLUX.1 takes no masked image as an input: any latents will do, and save an encoding that nothing reads
-            latents = flux.inpaint(mask_image=job.mask, masked_image_latents=image_latents, **arguments)[0]
+    with _positions_made_once(transformer.pos_embed), transformer.cache_context("picture"):
+        for i in range(first, job.steps):
+            velocity = transformer(hidden_states=latents, timestep=schedule.timesteps[i : i + 1], **inputs)[0]
+            latents = (latents.float() + schedule.strides[i] * velocity).to(dtype)
+            if image is not None and mask is not None:
+                kept = _mix(image, noise, schedule.shares[i + 1]) if i + 1 < job.steps else image
+                latents = (1 - mask) * kept + mask * latents
+            on_step()
     return latents
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """What the steps of one picture size differ in, on the device."""
+
+    timesteps: torch.Tensor  # [steps], as the transformer takes them: from 1 down
+    strides: torch.Tensor  # [steps] float32: how far each step goes along the velocity; negative
+    shares: torch.Tensor  # [steps + 1]: how much of the latents is noise before each step, and after the last
+
+
+@lru_cache(SCHEDULES)
+def make_schedule(flux: Flux, size: Size, steps: int) -> Schedule:
+    """FLUX.1's schedule, which moves towards the noise as the picture grows, by diffusers' scheduler."""
+    scheduler, dtype = copy(flux.txt2img.scheduler), flux.dtype
+    names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+    shift = calculate_shift((size[0] // 16) * (size[1] // 16), *(scheduler.config[name] for name in names))
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=shift, device=flux.residency.device)
+    return Schedule(scheduler.timesteps.to(dtype) / 1000, scheduler.sigmas.diff(), scheduler.sigmas.to(dtype))
+
+
+def _mix(image: torch.Tensor, noise: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    return share * noise + (1.0 - share) * image
+
+
+def _pack(latents: torch.Tensor) -> torch.Tensor:
+    """[1, 16, height/8, width/8] -> [1, height/16 * width/16, 64]."""
+    packed: torch.Tensor = FluxPipeline._pack_latents(latents, *latents.shape)
+    return packed
+
+
+def _packed_mask(mask: Image.Image, size: Size) -> torch.Tensor:
+    """[1, height/16 * width/16, 64], 1 where it is repainted."""
+    width, height = size
+    pixels = MASK_PROCESSOR.preprocess(mask, height=height, width=width)  # [1, 1, height, width]
+    latents = torch.nn.functional.interpolate(pixels, size=(height // 8, width // 8))
+    return _pack(latents.repeat(1, LATENT_CHANNELS, 1, 1))
+
+
+@contextmanager
+def _positions_made_once(pos_embed: torch.nn.Module) -> Iterator[None]:
+    """Within, the rotations that a transformer makes of its position ids in every forward are those of the first."""
+    make = pos_embed.forward
+    made: list[Any] = []
+
+    def once(ids: torch.Tensor) -> Any:
+        if not made:
+            made.append(make(ids))
+        return made[0]
+
+    pos_embed.forward = once
+    try:
+        yield
+    finally:
+        del pos_embed.forward
+
+
 def _scaled_sample(flux: Flux, posterior: DiagonalGaussianDistribution, generator: torch.Generator) -> torch.Tensor:
-    config = flux.img2img.vae.config
+    config = flux.txt2img.vae.config
     scaled: torch.Tensor = (posterior.sample(generator) - config.shift_factor) * config.scaling_factor
     return scaled
 

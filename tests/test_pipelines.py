@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import FluxImg2ImgPipeline
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -105,16 +106,14 @@ def test_the_count_of_steps_is_that_of_diffusers(steps: int, strength: float) ->
     class Pipeline:
         scheduler = Scheduler
 
-    _, expected = flux_models.FluxImg2ImgPipeline.get_timesteps(Pipeline, steps, strength, CPU)
+    _, expected = FluxImg2ImgPipeline.get_timesteps(Pipeline, steps, strength, CPU)
     assert steps_to_run(steps, strength) == expected
     assert (steps_to_run(steps, 0), steps_to_run(steps, 1)) == (0, steps)
 
 
 def test_the_two_models_share_what_is_the_same(models: dict[str, Flux]) -> None:
     for part in SHARED_PARTS:
-        assert len({id(getattr(p, part)) for f in models.values() for p in (f.txt2img, f.img2img, f.inpaint)}) == 1
-    for flux in models.values():
-        assert flux.txt2img.transformer is flux.img2img.transformer is flux.inpaint.transformer
+        assert len({id(getattr(f.txt2img, part)) for flux in models.values() for f in (flux, flux.fast)}) == 1
     assert models["dev"].txt2img.transformer is not models["schnell"].txt2img.transformer
 
 
