@@ -28,6 +28,7 @@ from images import Size
 from pristine import Pristine
 from residency import FP8_SUFFIX, VAE, Memory, Residency, plan_layout
 
+FP8 = "fp8"  # a precision, as the metrics and the log call it
 PRECISIONS = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 EMBEDDING_CACHE_BYTES = 64 * 2**20  # a dev prompt takes 4 MiB at FLUX.1's width
 CUDNN_ATTENTION_SINCE = (9, 0)  # Hopper
@@ -70,7 +71,7 @@ class Flux:
     two precisions all but the transformer."""
 
     name: str
-    precision: str  # as the metrics and the log call it: "bf16", "fp32" or "fp8"
+    precision: str  # one of PRECISIONS or FP8
     txt2img: FluxPipeline
     pristine: Mapping[str, Pristine]  # component -> its weights as the checkpoint has them
     residency: Residency
@@ -115,7 +116,7 @@ def load_flux(
         twin = new_twin(exact, weight_only=not has_fp8_units(device))
         residency.add(name + FP8_SUFFIX, twin, residency.pristine(exact), loaded=False)
         flux = _flux(name, PRECISIONS[dtype], {**parts, "transformer": exact}, residency)
-        fast = _flux(name, "fp8", {**parts, "transformer": twin}, residency)
+        fast = _flux(name, FP8, {**parts, "transformer": twin}, residency)
         models[name] = replace(flux, fast=replace(fast, embeddings=flux.embeddings))
     return models
 

@@ -100,7 +100,22 @@ class DataUri:
     immutable = True
 
 
-Source = ReplicateModel | HuggingFaceRepo | CivitaiModel | WebFile | DataUri
+@dataclass(frozen=True)
+class LocalFile:
+    """A file of the operator's on this machine; no request can name one."""
+
+    path: str
+
+    @property
+    def label(self) -> str:
+        return self.path
+
+    @property
+    def immutable(self) -> bool:
+        return False
+
+
+Source = ReplicateModel | HuggingFaceRepo | CivitaiModel | WebFile | DataUri | LocalFile
 
 
 def parse_reference(text: str) -> Source:

@@ -10,6 +10,8 @@ import base64
 import binascii
 import hashlib
 import logging
+import re
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,9 +30,11 @@ from lora_references import (
     CivitaiModel,
     DataUri,
     HuggingFaceRepo,
+    LocalFile,
     LoraError,
     ReplicateModel,
     Source,
+    WebFile,
     parse_reference,
 )
 from lora_remote import Arrived, Remote, check_space, too_large
@@ -72,6 +76,18 @@ def fetch_lora(reference: str, settings: Settings, pace: Pace = Pace()) -> Fetch
     cache = LoraCache(settings.lora_cache_dir, settings.lora_cache_bytes)
     if source.immutable and (record := cache.find(_key(source))):
         return _fetched(cache, record, source, "disk")
+    cache.prepare()
+    return _interruptible(lambda stop: _fetch(_Fetch(source, settings, pace, cache, stop)), source.label, pace)
+
+
+def fetch_weights(weights: str, settings: Settings, pace: Pace = Pace()) -> FetchedLora:  # noqa: B008
+    """The LoRA that the operator gave with `COG_WEIGHTS`: a safetensors file, or a tar with one, here or at a URL.
+
+    Unlike a request's, its URL may lead to a private host. Raises `LoraError`.
+    """
+    source = WebFile(weights) if re.match("https?://", weights) else LocalFile(weights)
+    settings = replace(settings, lora_allow_private_hosts=True)
+    cache = LoraCache(settings.lora_cache_dir, settings.lora_cache_bytes)
     cache.prepare()
     return _interruptible(lambda stop: _fetch(_Fetch(source, settings, pace, cache, stop)), source.label, pace)
 
@@ -140,6 +156,8 @@ def _ask(fetch: _Fetch, known: Record | None) -> FetchedLora:
     part = cache.part(key, "download")
     if isinstance(source, DataUri):
         return _keep(fetch, _decode(source, part, settings.lora_max_bytes), key)
+    if isinstance(source, LocalFile):
+        return _keep(fetch, _copy(Path(source.path), part, settings.lora_max_bytes), key)
     with open_session(settings.lora_allow_private_hosts, _endpoint(source, settings), pace.connections) as session:
         if isinstance(source, ReplicateModel):
             remote = replicate_remote(source, settings, session, stop, pace)
@@ -189,6 +207,19 @@ def _decode(source: DataUri, part: Path, most_bytes: int) -> Arrived:
     check_space(part, len(content))
     part.write_bytes(content)
     return Arrived(hashlib.sha256(content).hexdigest())
+
+
+def _copy(path: Path, part: Path, most_bytes: int) -> Arrived:
+    try:
+        size = path.stat().st_size
+        if size > most_bytes:
+            raise too_large(str(path), size, most_bytes)
+        check_space(part, size)
+        shutil.copyfile(path, part)
+        with part.open("rb") as file:
+            return Arrived(hashlib.file_digest(file, "sha256").hexdigest())
+    except OSError as error:
+        raise LoraError(f"{path} cannot be read: {error.strerror}.") from None
 
 
 def _if_changed(known: Record | None) -> dict[str, str]:

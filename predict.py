@@ -6,6 +6,7 @@ import secrets
 import sys
 import tempfile
 from collections import deque
+from collections.abc import Sequence
 
 from cog import BaseRunner, Input, Path
 from PIL import Image
@@ -13,10 +14,10 @@ from tqdm import tqdm
 
 from checkpoints import find_checkpoints, is_demo
 from device import check_device, choose_device, compute_dtype, memory_of
-from flux_models import Flux, fits, load_flux, settle
+from flux_models import FP8, Flux, fits, load_flux, settle
 from flux_pipelines import Job, decode, denoise, encode_picture, encode_prompt, steps_to_run
 from images import Inputs, Size, keep_unmasked, read_inputs, save_pictures
-from lora_references import parse_reference
+from lora_loader import ActiveLora, LoraLoader, slowest_origin
 from phases import Phases
 from safety import BlockedError, load_screener
 from settings import read_settings
@@ -36,8 +37,6 @@ class Predictor(BaseRunner):
 
     def setup(self, weights: Path | None = None) -> None:
         """Load both models; everything that can be wrong with the environment is an error here, of one sentence."""
-        if weights:
-            raise ValueError("COG_WEIGHTS is set, but this version cannot load LoRAs yet: unset it.")
         self.settings = read_settings()
         self.device = choose_device(self.settings.flux_device)
         phases = Phases(self.device)
@@ -48,6 +47,10 @@ class Predictor(BaseRunner):
         with phases.time("load models"):
             self.models = load_flux(folders, self.device, compute_dtype(self.device), memory_of(self.device))
             settle(self.models)
+        self.loras = LoraLoader(self.models, self.settings)
+        if weights:
+            with phases.time("load own LoRA"):
+                self.loras.load_own(str(weights))
         phases.report()
         self.demos = {name for name, folder in folders.items() if is_demo(folder)}
         self.output_folders: deque[tempfile.TemporaryDirectory[str]] = deque()
@@ -164,24 +167,31 @@ class Predictor(BaseRunner):
         # JSON's 28.0 is an integer to the schema and a float to Python
         num_outputs, steps, quality = int(num_outputs), int(num_inference_steps), int(output_quality)
         seed = _usable_seed(seed, num_outputs)
-        _refuse_loras(replicate_weights, extra_lora)
         phases = Phases(self.device)
 
         with phases.time("read"):
             inputs = read_inputs(image, mask, aspect_ratio, megapixels, width, height)
-        flux = self._choose(model, inputs.size, fast=go_fast, custom=aspect_ratio == "custom" and not image)
+        custom = aspect_ratio == "custom" and inputs.picture is None
+        flux = self._choose(model, inputs.size, fast=go_fast, custom=custom)
+        factor = self.settings.go_fast_lora_multiplier if go_fast and flux.precision == FP8 else 1.0
+        with phases.time("lora_fetch"):
+            loras = self.loras.load(
+                model, (replicate_weights, lora_scale * factor), (extra_lora, extra_lora_scale * factor)
+            )
         log.info("%s, %s, %d x %d, seed %d", model, inputs.mode, *inputs.size, seed)
         if inputs.picture and self.settings.safety_check_inputs and not disable_safety_checker:
             self._screen_input(inputs.picture, phases)
         if inputs.picture is not None and steps_to_run(steps, prompt_strength) == 0:
             pictures = [inputs.picture] * num_outputs
         else:
+            with phases.time("lora_apply"):
+                encoders = self.loras.apply(flux, loras)
             with phases.time("encode"):
                 job = Job(
                     size=inputs.size,
                     steps=steps,
                     guidance=guidance_scale,
-                    embeds=encode_prompt(flux, prompt),
+                    embeds=encode_prompt(flux, prompt, encoders),
                     strength=prompt_strength,
                     posterior=encode_picture(flux, inputs.picture) if inputs.picture else None,
                     mask=inputs.mask,
@@ -192,7 +202,7 @@ class Predictor(BaseRunner):
         with phases.time("save"):
             paths = save_pictures(shown, self._fresh_output_folder(), output_format, quality)
         phases.report()
-        self._record_metrics(seed, inputs, flux, len(pictures) - len(shown), phases)
+        self._record_metrics(seed, inputs, flux, len(pictures) - len(shown), loras, phases)
         if not shown:
             raise BlockedError("The safety checker blocked every picture: try another prompt or another seed.")
         return [Path(path) for path in paths]
@@ -220,12 +230,14 @@ class Predictor(BaseRunner):
                 "%s is the demo model: it draws one plain shape, such as a red circle on a white background", model
             )
         flux = self.models[model]
-        if flux.fast and not fits(flux, size) and (custom or not fast):
-            log.warning("this GPU's memory cannot hold %s in %s: it runs in fp8", model, flux.precision)
+        if flux.fast is None or (fast and not custom):
+            return flux.fast or flux
+        if not fits(flux, size):
+            log.warning("the GPU's memory cannot hold %s in %s: it runs in fp8", model, flux.precision)
             return flux.fast
-        if fast and custom:
+        if fast:
             log.warning("go_fast: custom sizes run in %s", flux.precision)
-        return flux.fast if fast and flux.fast and not custom else flux
+        return flux
 
     def _fresh_output_folder(self) -> pathlib.Path:
         """A new temporary folder. Cog's server reads the pictures after run() has returned, so they stay a while."""
@@ -234,7 +246,9 @@ class Predictor(BaseRunner):
             self.output_folders.popleft().cleanup()
         return pathlib.Path(self.output_folders[-1].name)
 
-    def _record_metrics(self, seed: int, inputs: Inputs, flux: Flux, blocked: int, phases: Phases) -> None:
+    def _record_metrics(
+        self, seed: int, inputs: Inputs, flux: Flux, blocked: int, loras: Sequence[ActiveLora], phases: Phases
+    ) -> None:
         width, height = inputs.size
         metrics: dict[str, int | float | str] = {
             "seed": seed,
@@ -242,7 +256,7 @@ class Predictor(BaseRunner):
             "precision": flux.precision,
             "width": width,
             "height": height,
-            "lora_cache": "none",
+            "lora_cache": slowest_origin(loras),
             "images_blocked": blocked,
         }
         seconds = {name: phases.seconds.get(name, 0.0) for name in METRIC_PHASES}
@@ -258,12 +272,6 @@ def _usable_seed(seed: int | None, num_outputs: int) -> int:
     if not -(2**63) < seed <= 2**63 - num_outputs:  # beyond 64 bits, JSON's numbers lose their last digits
         raise ValueError(f"seed must be a whole number from {-(2**63) + 1} to {2**63 - num_outputs}.")
     return int(seed)
-
-
-def _refuse_loras(*references: str | None) -> None:
-    for reference in filter(None, references):
-        parse_reference(reference)
-        raise ValueError("This version cannot load LoRAs yet: leave replicate_weights and extra_lora empty.")
 
 
 def _draw(flux: Flux, job: Job, seeds: range, original: Image.Image | None, phases: Phases) -> list[Image.Image]:

@@ -7,8 +7,9 @@ to the host: a part that left is built again from its file, which the host keeps
 
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -107,6 +108,16 @@ def plan_layout(
     return Layout(usable, resident, waiting, on_disk, encoders_stay)
 
 
+class Listener(Protocol):
+    """Who writes into the weights, and has to know when they become those of the checkpoint again."""
+
+    def before_load(self, module: nn.Module) -> None:
+        """The module has no weights, and is about to get those of the checkpoint."""
+
+    def after_load(self, module: nn.Module) -> None:
+        """It has them."""
+
+
 @dataclass(frozen=True)
 class _Part:
     module: nn.Module
@@ -122,7 +133,7 @@ class Residency:
         self.device = device
         self.memory = memory
         self.resident: list[str] = []
-        self.on_load: list[Callable[[nn.Module], None]] = []  # told of every module whose weights are pristine again
+        self.listeners: list[Listener] = []
         self._parts: dict[str, _Part] = {}
         self._names: dict[int, str] = {}  # of the parts, by their modules
 
@@ -192,14 +203,16 @@ class Residency:
 
     def _load(self, name: str) -> None:
         started, part = time.perf_counter(), self._parts[name]
+        for listener in self.listeners:
+            listener.before_load(part.module)
         try:
             load_weights(part.module, part.pristine, self.device)
         except BaseException:  # out of memory or cancelled: half a part is none
             release_weights(part.module, self.device)
             raise
         self.resident.append(name)
-        for told in self.on_load:
-            told(part.module)
+        for listener in self.listeners:
+            listener.after_load(part.module)
         log.info("%s comes to the device: %.1f GB in %.1f s", name, part.bytes / GB, time.perf_counter() - started)
 
 

@@ -55,8 +55,14 @@ class Server:
 
 
 @pytest.fixture(scope="session")
-def server(checkpoints: dict[str, Path]) -> Iterator[Server]:
-    environment = {f"FLUX_{model.upper()}": str(folder) for model, folder in checkpoints.items()}
+def environment(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What a server needs to run on the tiny checkpoints and leave no LoRA on this machine."""
+    models = {f"FLUX_{model.upper()}": str(folder) for model, folder in checkpoints.items()}
+    return models | {"LORA_CACHE_DIR": str(tmp_path_factory.mktemp("loras"))}
+
+
+@pytest.fixture(scope="session")
+def server(environment: dict[str, str]) -> Iterator[Server]:
     with cog_server(environment) as running:
         yield Server(running.url)
 

@@ -234,9 +234,12 @@ def bad_inputs() -> dict[str, tuple[dict[str, Any], str]]:
         "negative seed": ({"seed": -(2**63)}, "seed must be a whole number from"),
         "more negative seed": ({"seed": -(2**63) - 1}, "seed must be a whole number from"),
         "astronomic seed": ({"seed": 10**40}, "seed must be a whole number from"),
-        "lora": ({"replicate_weights": "fofr/flux-pixar-cars"}, "cannot load LoRAs yet"),
         "no lora": ({"extra_lora": "pixar cars"}, "'pixar cars' does not name a LoRA: use a Replicate model"),
-        "extra lora": ({"extra_lora": "fofr/flux-pixar-cars"}, "cannot load LoRAs yet"),
+        "local lora": ({"replicate_weights": "/etc/passwd"}, "'/etc/passwd' does not name a LoRA: use a Replicate"),
+        "lora without hub": (
+            {"replicate_weights": "https://127.0.0.1:9/x.safetensors"},
+            "127.0.0.1",
+        ),
     }
 
 
@@ -333,7 +336,7 @@ def test_outputs_do_not_pile_up(server: Server, small: dict[str, Any]) -> None:
     [
         ({"FLUX_DEV": "/nowhere"}, "The environment variable FLUX_DEV is '/nowhere', which is neither a folder"),
         ({"FLUX_DEVICE": "tpu"}, "The environment variable FLUX_DEVICE must be cpu, cuda or cuda:<number>"),
-        ({"COG_WEIGHTS": "https://example.com/lora.tar"}, "COG_WEIGHTS is set, but this version cannot load LoRAs"),
+        ({"COG_WEIGHTS": "/nowhere/lora.tar"}, "/nowhere/lora.tar cannot be read: No such file or directory."),
     ],
 )
 def test_a_wrong_environment_fails_the_setup_in_one_sentence(environment: dict[str, str], sentence: str) -> None:

@@ -1,0 +1,122 @@
+"""How much of an adapter counts, as PEFT's own configuration says.
+
+PEFT writes an adapter_config.json beside the weights; a fetched file carries it in its metadata, under that name.
+diffusers writes the configurations of all components into one entry of the metadata.
+"""
+
+import json
+import math
+import re
+import warnings
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig
+
+from lora_names import TRANSFORMER, Key
+from lora_references import LoraError
+
+CONFIG_FILE = "adapter_config.json"
+DIFFUSERS_ENTRY = "lora_adapter_metadata"
+LARGEST_CONFIG = 1 << 20  # bytes
+CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # the base of such an adapter is not FLUX.1's own
+MOST_QUANTIFIERS = 3  # in a pattern; more could take for ever to match
+
+
+class PeftConfigs:
+    """What a file's configurations, if it has any, say. Raises `LoraError` for one that cannot be followed."""
+
+    def __init__(self, metadata: Mapping[str, str], path: Path, name: str) -> None:
+        beside = path.with_name(CONFIG_FILE)
+        text = metadata.get(CONFIG_FILE)
+        if text is None and beside.is_file() and beside.stat().st_size <= LARGEST_CONFIG:
+            text = beside.read_text(errors="replace")
+        self._beside = _Config(_parse(text, CONFIG_FILE, name), name) if text else None
+        entry = _parse(metadata.get(DIFFUSERS_ENTRY) or "{}", DIFFUSERS_ENTRY, name)
+        self._of_components = {part: _Config(values, name) for part, values in _by_component(entry).items()}
+
+    def of(self, key: Key) -> "_Config | None":
+        """The configuration that was in force where the key was written."""
+        if key.dialect == "PEFT" and self._beside:
+            return self._beside
+        return self._of_components.get(key.module.component)
+
+
+class _Config:
+    def __init__(self, values: Mapping[str, Any], name: str) -> None:
+        self._about = f"{name}: its PEFT configuration"
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of fields that a newer PEFT added
+                config = PeftConfig.from_peft_type(**{"peft_type": "LORA", **values})
+            if not isinstance(config, LoraConfig | LoKrConfig | LoHaConfig):
+                raise LoraError(f"{self._about} is for {values.get('peft_type')}, which is not supported.")
+            self._follow(config)
+        except LoraError:
+            raise
+        except (TypeError, ValueError, KeyError, AttributeError, ImportError, re.error) as error:
+            raise LoraError(f"{self._about} is not understood ({type(error).__name__}).") from None
+
+    def _follow(self, config: LoraConfig | LoKrConfig | LoHaConfig) -> None:
+        self._rank = float(config.r)
+        self._alpha = float(config.lora_alpha if isinstance(config, LoraConfig) else config.alpha)
+        self._ranks, self._alphas = _patterns(config.rank_pattern), _patterns(config.alpha_pattern)
+        self._root = False
+        if not isinstance(config, LoraConfig):
+            return
+        self._root = bool(config.use_rslora)
+        start = config.init_lora_weights
+        if isinstance(start, str) and start.lower().startswith(CHANGE_THE_BASE):
+            raise LoraError(
+                f"{self._about} starts from {start!r}, which changes the base model as well: save the adapter with "
+                "PEFT's path_initial_model_for_weight_conversion."
+            )
+        variants = [one.name for one in fields(config) if one.metadata.get("is_lora_variant") and one.name != "use_dora"]
+        used = [variant for variant in variants if getattr(config, variant)]
+        if used or start == "mica" or config.layer_replication:
+            raise LoraError(f"{self._about} uses {(used or [start or 'layer_replication'])[0]}, which is not supported.")
+
+    def scale(self, module: str, rank: int | None, alpha: float | None) -> float:
+        """What the update of a module counts: alpha / rank, or with rank-stabilised LoRA alpha / sqrt(rank)
+        (arXiv:2312.03732). The rank and the alpha of the tensors, where they show them, are to be its own."""
+        said = _match(self._ranks, module, self._rank)
+        if rank is not None and rank != said:
+            raise LoraError(f"{self._about} says rank {said:g} for {module}, which has {rank}.")
+        alpha = _match(self._alphas, module, self._alpha) if alpha is None else alpha
+        if not (math.isfinite(alpha) and alpha and 0 < said < math.inf):
+            raise LoraError(f"{self._about} says alpha {alpha:g} and rank {said:g} for {module}.")
+        return alpha / (math.sqrt(said) if self._root else said)
+
+
+def _parse(text: str, what: str, name: str) -> dict[str, Any]:
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise LoraError(f"{name}: its {what} is not a JSON object.")
+    return values
+
+
+def _by_component(entry: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """diffusers puts "<component>." before each field, except where it saved the transformer alone."""
+    found: dict[str, dict[str, Any]] = defaultdict(dict)
+    for field, value in entry.items():
+        component, dot, rest = field.rpartition(".")
+        found[component if dot else TRANSFORMER][rest if dot else field] = value
+    return found
+
+
+def _patterns(values: Mapping[str, Any] | None) -> list[tuple[re.Pattern[str], float]]:
+    """As PEFT reads them: a regular expression that a module's name, or its end after a dot, matches."""
+    for pattern in values or {}:
+        if len(re.findall(r"[*+?{]", pattern)) > MOST_QUANTIFIERS or re.search(r"\)[*+{]", pattern):
+            raise ValueError(pattern)
+    return [(re.compile(rf"(.*\.)?({pattern})$"), float(value)) for pattern, value in (values or {}).items()]
+
+
+def _match(patterns: list[tuple[re.Pattern[str], float]], module: str, otherwise: float) -> float:
+    return next((value for pattern, value in patterns if pattern.match(module)), otherwise)

@@ -1,0 +1,154 @@
+"""Hot-swap: whatever was merged, failed or was cancelled before, the weights are the checkpoint's with this set."""
+
+import copy
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import lora_loader
+from flux_models import Flux, load_flux
+from lora_loader import LiveWeights
+from lora_updates import Dora, Full, Hadamard, Kronecker, LowRank, Update
+from pristine import Pristine
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
+Set = tuple[tuple[str, float], ...]  # the LoRAs that are wanted and their strengths
+
+
+@pytest.fixture(scope="module")
+def flux(checkpoints: dict[str, Path]) -> Flux:
+    """In bf16 on every machine: this is about weights, and nothing here multiplies in bf16."""
+    return load_flux({"dev": checkpoints["dev"]}, torch.device("cpu"), torch.bfloat16)["dev"]
+
+
+def some_updates(shapes: dict[str, torch.Size], seed: int, every: int) -> dict[str, tuple[Update, ...]]:
+    """Updates of every kind, spread over some of the parameters, of the size that trained ones have."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int, std: float = 0.1, mean: float = 0.0) -> Tensor:
+        dtype = DTYPES[int(torch.randint(len(DTYPES), (), generator=generator))]
+        return (mean + torch.randn(*shape, generator=generator) * std).to(dtype)
+
+    updates: dict[str, tuple[Update, ...]] = {}
+    for i, (name, shape) in enumerate(list(shapes.items())[seed % every :: every]):
+        if len(shape) == 1:
+            updates[name] = (Full(random(*shape)),)
+            continue
+        rows, columns = shape
+        low_rank = LowRank(random(rows, 3), random(3, columns), 0.5)
+        kinds: list[tuple[Update, ...]] = [
+            (low_rank,),
+            (low_rank, LowRank(random(rows, 5), random(5, columns), 2.0)),
+            (Kronecker((random(2, 2),), (random(rows // 2, 1), random(1, columns // 2)), 0.3),),
+            (Hadamard(random(rows, 2), random(2, columns), random(rows, 2), random(2, columns), 1.0),),
+            (Full(random(rows, columns, std=0.01)),),
+            (Dora(low_rank, random(rows, 1, mean=1.0), (name,)),),
+            (Dora(low_rank, random(1, columns, mean=1.0), (name,), eps=1e-6),),
+        ]
+        updates[name] = kinds[i % len(kinds)]
+    return updates
+
+
+@pytest.fixture(scope="module")
+def pristine(flux: Flux) -> Pristine:
+    return flux.pristine["transformer"]
+
+
+@pytest.fixture(scope="module")
+def loras(pristine: Pristine) -> dict[str, dict[str, tuple[Update, ...]]]:
+    return {name: some_updates(pristine.shapes, seed, 3) for seed, name in enumerate("abc")}
+
+
+def parts(loras: dict[str, Any], wanted: Set) -> dict[str, list[tuple[str, float, Update]]]:
+    found: dict[str, list[tuple[str, float, Update]]] = {}
+    for lora, strength in wanted:
+        for name, updates in loras[lora].items():
+            found.setdefault(name, []).extend((lora, strength, update) for update in updates)
+    return found
+
+
+def weights(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in module.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def fresh(flux: Flux, pristine: Pristine, loras: dict[str, Any]) -> Callable[[Set], dict[str, Tensor]]:
+    """The weights that a process has whose first and only set this is."""
+    untouched = copy.deepcopy(flux.txt2img.transformer)
+
+    @functools.cache
+    def weights_of(wanted: Set) -> dict[str, Tensor]:
+        live = LiveWeights(copy.deepcopy(untouched), pristine)
+        live.apply(parts(loras, wanted))
+        return weights(live.module)
+
+    return weights_of
+
+
+class InterruptedMergeError(BaseException):
+    """As Cog's cancelling is: no `Exception`, and raised wherever the code happens to be."""
+
+
+@contextmanager
+def interrupted_at(line: int) -> Iterator[None]:
+    """Raise at the `line`-th line of the loader that runs from here on."""
+    left = line
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal left
+        if frame.f_code.co_filename != lora_loader.__file__:
+            return None
+        if event == "line":
+            left -= 1
+            if left == 0:
+                raise InterruptedMergeError
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+sets = st.lists(
+    st.tuples(st.sampled_from("abc"), st.sampled_from([-1.0, 0.3, 1.0, 3.0])), max_size=2, unique_by=lambda one: one[0]
+).map(tuple)
+events = st.lists(st.tuples(sets, st.none() | st.integers(1, 600)), min_size=1, max_size=8)
+
+
+@settings(max_examples=40, deadline=None)
+@given(events=events)
+def test_weights_depend_on_nothing_that_was_before(
+    flux: Flux, pristine: Pristine, loras: dict[str, Any], fresh: Callable[[Set], dict[str, Tensor]], events: Any
+) -> None:
+    """Sets applied, changed, unloaded, merges that break off at any line: each set is bit for bit a fresh one."""
+    live = LiveWeights(flux.txt2img.transformer, pristine)
+    pointers = {name: value.data_ptr() for name, value in flux.txt2img.transformer.named_parameters()}
+    for wanted, interrupted in [*events, ((), None)]:
+        if interrupted:
+            try:
+                with interrupted_at(interrupted):
+                    live.apply(parts(loras, wanted))
+            except InterruptedMergeError:
+                continue
+        else:
+            live.apply(parts(loras, wanted))
+        expected = fresh(tuple(sorted(wanted)))
+        for name, value in flux.txt2img.transformer.named_parameters():
+            assert torch.equal(value, expected[name]), name
+            assert value.data_ptr() == pointers[name]  # in place: compiled graphs stay valid
+        assert live.apply(parts(loras, wanted)) == (0, 0)  # the same set again is free
+    for name, value in flux.txt2img.transformer.named_parameters():
+        assert torch.equal(value, pristine(name))
