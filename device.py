@@ -44,6 +44,11 @@ def memory_of(device: torch.device) -> Memory | None:
     return Memory(device=free - RESERVED_BYTES, host=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
+def compiles(setting: bool | None, device: torch.device) -> bool:
+    """Whether the transformers are compiled: as `FLUX_COMPILE` says, or else on a GPU."""
+    return device.type == "cuda" if setting is None else setting
+
+
 def has_fp8_units(device: torch.device) -> bool:
     """Whether scaled_mm multiplies fp8 matrices there: on GPUs since Ada (compute capability 8.9), and on CPUs."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9):

@@ -20,6 +20,7 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
 )
+from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from device import has_fp8_units
@@ -31,7 +32,7 @@ from residency import FP8_SUFFIX, VAE, Memory, Residency, plan_layout
 FP8 = "fp8"  # a precision, as the metrics and the log call it
 PRECISIONS = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 EMBEDDING_CACHE_BYTES = 64 * 2**20  # a dev prompt takes 4 MiB at FLUX.1's width
-CUDNN_ATTENTION_SINCE = (9, 0)  # Hopper
+HOPPER = (9, 0)  # CUDA's compute capability
 WEIGHT_SAMPLES = 64  # places at which two copies of a part are compared
 TYPICAL_SIZE = (1024, 1024)
 # of activations at the peak of a transformer's forward and of the VAE (`script/bench memory`)
@@ -148,29 +149,42 @@ def settle(models: Mapping[str, Flux]) -> None:
         residency.bring(plan_layout(residency.sizes, residency.memory, transformers, ENCODERS, work))
 
 
-def compile_blocks(models: Mapping[str, Flux], *, fullgraph: bool = True, backend: str = "inductor") -> None:
-    """Have the transformers' blocks compiled when they first run: one graph for all blocks of a kind, of any picture's
-    size, of both models; weights are its inputs. `TORCHINDUCTOR_CACHE_DIR` keeps what was compiled."""
+def compile_blocks(models: Mapping[str, Flux], backend: str = "inductor") -> None:
+    """Have the transformers' blocks compiled when they first run: one graph serves all blocks of a kind, both models
+    and every picture size, and takes the weights as its inputs. `TORCHINDUCTOR_CACHE_DIR` keeps it between starts."""
     for flux in _precisions(models):
         transformer = flux.txt2img.transformer
-        transformer.compile_repeated_blocks(fullgraph=fullgraph, dynamic=True, backend=backend)
+        # the block cache decides by a value, which no graph can
+        transformer.compile_repeated_blocks(fullgraph=not transformer.is_cache_enabled, dynamic=True, backend=backend)
 
 
 def cache_blocks(models: Mapping[str, Flux], threshold: float) -> None:
-    """Have the fp8 twins reuse the last step's result where their first block has changed by less than `threshold`
-    (diffusers' first-block cache)."""
+    """Have the fp8 twins skip a step's blocks but the first when that one's output changed by less than `threshold`,
+    relative to the last step's (diffusers' first-block cache). It changes the picture."""
     for flux in models.values():
         if flux.fast:
             flux.fast.txt2img.transformer.enable_cache(FirstBlockCacheConfig(threshold))
 
 
-def use_fast_kernels(models: Mapping[str, Flux], device: torch.device) -> None:
-    """What a GPU has for attention and convolutions beyond torch's defaults."""
-    if device.type != "cuda":
-        return
+def use_fast_kernels(models: Mapping[str, Flux]) -> None:
+    """Convolutions in the layout of tensor cores, channels last, and on a GPU since Hopper cuDNN's attention."""
+    residency = next(iter(models.values())).residency
+    residency.listeners.append(_ChannelsLast())
     for flux in _precisions(models):
-        if torch.cuda.get_device_capability(device) >= CUDNN_ATTENTION_SINCE:
+        _ChannelsLast().after_load(flux.txt2img.vae)
+        if residency.device.type == "cuda" and torch.cuda.get_device_capability(residency.device) >= HOPPER:
             flux.txt2img.transformer.set_attention_backend("_native_cudnn")
+
+
+class _ChannelsLast:
+    """Lays a VAE's weights out again whenever they come to the device."""
+
+    def before_load(self, module: nn.Module) -> None:
+        pass
+
+    def after_load(self, module: nn.Module) -> None:
+        if isinstance(module, AutoencoderKL):
+            module.to(memory_format=torch.channels_last)
 
 
 def _precisions(models: Mapping[str, Flux]) -> list[Flux]:

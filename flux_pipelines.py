@@ -6,7 +6,7 @@ dtype with a CPU generator of the same seed.
 """
 
 import logging
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -29,6 +29,7 @@ log = logging.getLogger("flux-lora")
 
 MAX_SEQUENCE_LENGTH = {"dev": 512, "schnell": 256}  # T5 tokens
 LATENT_CHANNELS = 16
+WARM_UP_SIZE = (512, 256)
 SCHEDULES = 32  # that are kept: picture sizes, counts of steps, models
 MASK_PROCESSOR = VaeImageProcessor(vae_scale_factor=16, do_normalize=False, do_binarize=True, do_convert_grayscale=True)
 
@@ -123,6 +124,8 @@ def denoise(flux: Flux, job: Job, seed: int, on_step: Callable[[], object]) -> t
         "guidance": torch.full([1], job.guidance, device=device) if transformer.config.guidance_embeds else None,
         "return_dict": False,
     }
+    if transformer.is_cache_enabled:
+        transformer._reset_stateful_cache()  # the last picture's
     with _positions_made_once(transformer.pos_embed), transformer.cache_context("picture"):
         for i in range(first, job.steps):
             velocity = transformer(hidden_states=latents, timestep=schedule.timesteps[i : i + 1], **inputs)[0]
@@ -132,6 +135,18 @@ def denoise(flux: Flux, job: Job, seed: int, on_step: Callable[[], object]) -> t
                 latents = (1 - mask) * kept + mask * latents
             on_step()
     return latents
+
+
+def warm_up(models: Mapping[str, Flux]) -> None:
+    """Run every transformer that is on the device, or has room there, for one step: what is to be compiled is, then."""
+    for exact in models.values():
+        for flux in filter(None, (exact, exact.fast)):
+            transformer, dtype = flux.txt2img.transformer, flux.dtype
+            if flux.residency.memory is None or flux.residency.has(transformer):
+                t5 = torch.zeros(1, MAX_SEQUENCE_LENGTH[flux.name], transformer.config.joint_attention_dim, dtype=dtype)
+                clip = torch.zeros(1, transformer.config.pooled_projection_dim, dtype=dtype)
+                embeds = PromptEmbeds(t5.to(flux.residency.device), clip.to(flux.residency.device))
+                denoise(flux, Job(WARM_UP_SIZE, 1, 1.0, embeds), 0, lambda: None)
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from checkpoints import find_checkpoints, is_demo
-from device import check_device, choose_device, compute_dtype, memory_of
-from flux_models import FP8, Flux, fits, load_flux, settle
-from flux_pipelines import Job, decode, denoise, encode_picture, encode_prompt, steps_to_run
+from device import check_device, choose_device, compiles, compute_dtype, memory_of
+from flux_models import FP8, Flux, cache_blocks, compile_blocks, fits, load_flux, settle, use_fast_kernels
+from flux_pipelines import Job, decode, denoise, encode_picture, encode_prompt, steps_to_run, warm_up
 from images import Inputs, Size, keep_unmasked, read_inputs, save_pictures
 from lora_loader import ActiveLora, LoraLoader, slowest_origin
 from phases import Phases
@@ -51,6 +51,13 @@ class Predictor(BaseRunner):
         if weights:
             with phases.time("load own LoRA"):
                 self.loras.load_own(str(weights))
+        if self.settings.go_fast_cache_threshold is not None:
+            cache_blocks(self.models, self.settings.go_fast_cache_threshold)
+        if compiles(self.settings.flux_compile, self.device):
+            with phases.time("compile"):
+                use_fast_kernels(self.models)
+                compile_blocks(self.models)
+                warm_up(self.models)
         phases.report()
         self.demos = {name for name, folder in folders.items() if is_demo(folder)}
         self.output_folders: deque[tempfile.TemporaryDirectory[str]] = deque()
@@ -184,20 +191,24 @@ class Predictor(BaseRunner):
         if inputs.picture is not None and steps_to_run(steps, prompt_strength) == 0:
             pictures = [inputs.picture] * num_outputs
         else:
-            with phases.time("lora_apply"):
-                encoders = self.loras.apply(flux, loras)
-            with phases.time("encode"):
-                job = Job(
-                    size=inputs.size,
-                    steps=steps,
-                    guidance=guidance_scale,
-                    embeds=encode_prompt(flux, prompt, encoders),
-                    strength=prompt_strength,
-                    posterior=encode_picture(flux, inputs.picture) if inputs.picture else None,
-                    mask=inputs.mask,
-                )
-            phases.report()
-            pictures = _draw(flux, job, range(seed, seed + num_outputs), inputs.picture, phases)
+
+            def draw() -> list[Image.Image]:
+                with phases.time("lora_apply"):
+                    encoders = self.loras.apply(flux, loras)
+                with phases.time("encode"):
+                    job = Job(
+                        size=inputs.size,
+                        steps=steps,
+                        guidance=guidance_scale,
+                        embeds=encode_prompt(flux, prompt, encoders),
+                        strength=prompt_strength,
+                        posterior=encode_picture(flux, inputs.picture) if inputs.picture else None,
+                        mask=inputs.mask,
+                    )
+                phases.report()
+                return _draw(flux, job, range(seed, seed + num_outputs), inputs.picture, phases)
+
+            pictures = flux.residency.guarded(draw)
         shown = pictures if disable_safety_checker else self._screen(pictures, phases)
         with phases.time("save"):
             paths = save_pictures(shown, self._fresh_output_folder(), output_format, quality)

@@ -7,9 +7,9 @@ to the host: a part that left is built again from its file, which the host keeps
 
 import logging
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from fp8 import load_weights, release_weights
 from pristine import Pristine
 
 log = logging.getLogger("flux-lora")
+T = TypeVar("T")
 
 GB = 10**9
 VAE = "VAE"
@@ -90,7 +91,7 @@ def plan_layout(
     room = memory.device - work - sizes[VAE]
     encoders_stay = sizes[usable[0]] + sum(sizes[name] for name in encoders) <= room
     resident, others = [VAE], []
-    for name in [*(encoders if encoders_stay else []), *usable, *([] if encoders_stay else encoders)]:
+    for name in (*encoders, *usable):
         if sizes[name] <= room and (encoders_stay or name not in encoders):
             resident.append(name)
             room -= sizes[name]
@@ -190,6 +191,20 @@ class Residency:
         ):
             for name in names:
                 log.info("%s: %s", name, text)
+
+    def guarded(self, work: Callable[[], T]) -> T:
+        """Do `work`. When the device runs out of memory in spite of the plan, everything is given back and the error is
+        one sentence, `RuntimeError`."""
+        try:
+            return work()
+        except torch.OutOfMemoryError:
+            pass  # what was computed lives as long as the exception: leave it before freeing
+        self.evict_all()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        raise RuntimeError(
+            "The device ran out of memory on this request and has been cleared: try again, or a smaller picture."
+        )
 
     def evict_all(self) -> None:
         """Give all memory back; what is used next is loaded again."""
