@@ -29,7 +29,7 @@ log = logging.getLogger("flux-lora")
 
 MAX_SEQUENCE_LENGTH = {"dev": 512, "schnell": 256}  # T5 tokens
 LATENT_CHANNELS = 16
-WARM_UP_SIZE = (512, 256)
+WARM_UP_SIZE = (528, 304)  # 627 tokens: a count that equals the text's would be compiled for equal counts
 SCHEDULES = 32  # that are kept: picture sizes, counts of steps, models
 MASK_PROCESSOR = VaeImageProcessor(vae_scale_factor=16, do_normalize=False, do_binarize=True, do_convert_grayscale=True)
 

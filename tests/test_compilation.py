@@ -43,7 +43,7 @@ def job_of(flux: Flux, mode: str, size: tuple[int, int], photo: Image.Image) -> 
     )
 
 
-TOUR = [("txt2img", (256, 256)), ("txt2img", (512, 272)), ("img2img", (320, 448)), ("inpaint", (256, 304))]
+TOUR = [("txt2img", (256, 256)), ("txt2img", (512, 256)), ("img2img", (320, 448)), ("inpaint", (256, 304))]
 
 
 def tour(models: dict[str, Flux], photo: Image.Image) -> list[torch.Tensor]:
@@ -53,22 +53,16 @@ def tour(models: dict[str, Flux], photo: Image.Image) -> list[torch.Tensor]:
 def change_weights(flux: Flux, strength: float) -> None:
     transformer, pristine = flux.txt2img.transformer, flux.pristine["transformer"]
     flux.residency.use(transformer)
-    names = [name for name in pristine.shapes if "attn.to_q.weight" in name]
     updates = {
-        name: [
-            (
-                "sha",
-                strength,
-                LowRank(torch.ones(pristine.shapes[name][0], 1), torch.ones(1, pristine.shapes[name][1]), 0.01),
-            )
-        ]
-        for name in names
+        name: [("sha", strength, LowRank(torch.ones(out, 1), torch.ones(1, *width), 0.01))]
+        for name, (out, *width) in pristine.shapes.items()
+        if "attn.to_q.weight" in name
     }
     LiveWeights(transformer, pristine).apply(updates if strength else {})
 
 
 def test_nothing_compiles_after_the_warm_up(checkpoints: dict[str, Path], photo: Image.Image) -> None:
-    """Sizes, modes, both models, both precisions, LoRAs written in place, parts that leave and come back. The graphs are
+    """Sizes, modes, both models, both precisions, LoRAs written in place, parts that leave and come back. The graphs
     run as they were traced, so that the latents are bit for bit those of the uncompiled blocks."""
     models = load_flux(checkpoints, CPU, DTYPE)
     for flux in precisions(models):
@@ -158,5 +152,4 @@ def test_a_step_neither_waits_for_the_device_nor_sends_it_anything(
         assert len(steps) == 1  # the first is counted with what comes before it
         assert "addmm" in steps[0] or "_scaled_mm" in steps[0]
         assert not {"move", *WAITS} & set(steps[0])
-        assert {"cos", "sin"} & set(before)
-        assert steps[0].count("cos") == before.count("cos") - before.count("sin") + steps[0].count("sin")
+        assert before.count("sin") > steps[0].count("sin")  # the positions' are made with the first step, and no more
