@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from flux_models import Flux
 from lora_formats import LoraUpdates, read_lora
 from lora_sources import FetchedLora, fetch_lora, fetch_weights, in_use
-from lora_updates import LowRank, Update, rank_of
+from lora_updates import Base, LowRank, Update, rank_of
 from pristine import Pristine
 from settings import Settings
 
@@ -28,7 +28,7 @@ log = logging.getLogger("flux-lora")
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 COMPONENTS = ("transformer", *TEXT_ENCODERS)  # what a LoRA may change
-CHUNK = 2**20 + 2**19  # float32 numbers that a CPU merges at a time: few enough to stay in its cache
+CHUNK = 3 * 2**18  # float32 numbers that a CPU merges at a time: few enough to stay in its cache
 
 Origin: TypeAlias = Literal["download", "disk", "memory"]
 ORIGINS = get_args(Origin)  # the slowest first
@@ -103,7 +103,7 @@ class LiveWeights:
         return merged, restored
 
 
-def write_weight(module: nn.Module, name: str, pristine: Pristine, updates: Sequence[tuple[float, Update]]) -> None:
+def write_weight(module: nn.Module, name: str, pristine: Base, updates: Sequence[tuple[float, Update]]) -> None:
     """Write pristine + sum of strength * difference into the module's parameter `name`, in place.
 
     Low-rank updates are one matrix product for all of them, a chunk of rows at a time; the others are computed whole.

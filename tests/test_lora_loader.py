@@ -5,6 +5,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 import lora_loader
 from flux_models import Flux, load_flux
-from lora_loader import LiveWeights
+from lora_loader import LiveWeights, write_weight
 from lora_updates import Dora, Full, Hadamard, Kronecker, LowRank, Update
 from pristine import Pristine
 
@@ -152,3 +153,52 @@ def test_weights_depend_on_nothing_that_was_before(
         assert live.apply(parts(loras, wanted)) == (0, 0)  # the same set again is free
     for name, value in flux.txt2img.transformer.named_parameters():
         assert torch.equal(value, pristine(name))
+
+
+def exact_difference(update: Update, weight: Tensor) -> Tensor:
+    """The formulas of the papers, in float64."""
+    match update:
+        case LowRank(up, down, scale):
+            return scale * (up.double() @ down.double())
+        case Kronecker(w1, w2, scale):
+            first, second = (functools.reduce(torch.matmul, [one.double() for one in factors]) for factors in (w1, w2))
+            return scale * torch.kron(first, second)
+        case Hadamard(w1_a, w1_b, w2_a, w2_b, scale):
+            return scale * (w1_a.double() @ w1_b.double()) * (w2_a.double() @ w2_b.double())
+        case Full(value):
+            return value.double()
+        case Dora(inner, magnitude, eps=eps):
+            new = weight + exact_difference(inner, weight)
+            norm = new.norm(dim=1 if magnitude.shape[1] == 1 else 0, keepdim=True) + eps
+            return magnitude.double() * new / norm - weight
+
+
+def units_apart(a: Tensor, b: Tensor) -> Tensor:
+    """How many bf16 numbers lie between two tensors of them."""
+    first, second = (
+        torch.where(bits < 0, -(bits & 0x7FFF), bits) for bits in (value.view(torch.int16).int() for value in (a, b))
+    )
+    return (first - second).abs()
+
+
+@pytest.mark.parametrize("chunk", [1, 10_000, 2**30])
+def test_merged_weights_are_the_float64_sum_rounded(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    """Every kind, alone and two at once, whatever the rows are that are merged at a time."""
+    monkeypatch.setattr(lora_loader, "CHUNK", chunk)
+    shape = torch.Size((192, 256))
+    generator = torch.Generator().manual_seed(0)
+    weight = (torch.randn(shape, generator=generator) * 0.05).to(torch.bfloat16)
+    layer = nn.Sequential(nn.Linear(shape[1], shape[0], bias=False, dtype=torch.bfloat16))
+    names = [f"{i}.weight" for i in range(7)]
+    every_kind = list(some_updates(dict.fromkeys(names, shape), 7, 1).values())
+    equal = count = 0
+    for first, second in zip(every_kind, [*every_kind[1:], ()], strict=True):
+        weighted = [(0.7, update) for update in first] + [(-0.4, update) for update in second]
+        weighted = [(s, replace(u, whole=("0.weight",)) if isinstance(u, Dora) else u) for s, u in weighted]
+        with torch.no_grad():
+            write_weight(layer, "0.weight", lambda _: weight, weighted)
+        exact = weight.double() + sum(s * exact_difference(update, weight.double()) for s, update in weighted)
+        apart = units_apart(layer[0].weight.detach(), exact.to(torch.bfloat16))
+        assert apart.max() <= 1
+        equal, count = equal + int((apart == 0).sum()), count + apart.numel()
+    assert equal / count > 0.999
