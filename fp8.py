@@ -18,6 +18,7 @@ FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max  # 448
 SMALLEST_AMPLITUDE = 1e-12  # of a row, so that a row of zeros has a scale
 KERNEL_MULTIPLE = 16  # scaled_mm's kernels take sides that are multiples of this
+CPU_CHUNK = 2**19  # numbers that a CPU quantizes at a time: few enough to stay in its cache
 BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")  # inside them every linear layer is fp8, outside none
 
 
@@ -52,9 +53,12 @@ class Fp8Linear(nn.Module):
     @torch.no_grad()
     def quantize_rows_(self, first_row: int, rows: Tensor) -> None:
         """Write `rows`, [n, in_features] of any float dtype, over the weight's rows from `first_row` on, in place."""
-        weight, scale = quantize_rows(rows.to(self.weight.device))
-        self.weight[first_row : first_row + len(rows)].copy_(weight)
-        self.scale[first_row : first_row + len(rows)].copy_(scale)
+        on_cpu = self.weight.device.type == "cpu"
+        for some in torch.split(rows, max(1, CPU_CHUNK // self.in_features) if on_cpu else len(rows)):
+            weight, scale = quantize_rows(some.to(self.weight.device))
+            self.weight[first_row : first_row + len(some)].copy_(weight)
+            self.scale[first_row : first_row + len(some)].copy_(scale)
+            first_row += len(some)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, weight_only={self.weight_only}"
@@ -63,7 +67,7 @@ class Fp8Linear(nn.Module):
 def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     """[n, width] of any float dtype -> float8_e4m3fn [n, width] and float32 scales [n, 1] that give the rows back."""
     scale = rows.abs().amax(dim=1, keepdim=True).float().clamp(min=SMALLEST_AMPLITUDE) / LARGEST
-    return (rows.float() / scale).to(FP8), scale
+    return (rows / scale).to(FP8), scale
 
 
 def new_twin(
@@ -97,7 +101,9 @@ def load_weights(module: nn.Module, pristine: Base, device: torch.device) -> Non
     for name, parameter in module.named_parameters():
         owner = module.get_submodule(name.rpartition(".")[0])
         if isinstance(owner, Fp8Linear) and parameter is owner.weight:
-            parameter.data, owner.scale.data = quantize_rows(pristine(name).to(device))
+            parameter.data = torch.empty(owner.out_features, owner.in_features, dtype=FP8, device=device)
+            owner.scale.data = torch.empty(owner.out_features, 1, device=device)
+            owner.quantize_rows_(0, pristine(name))
         else:
             parameter.data = pristine(name).to(device, parameter.dtype, copy=True)
 
