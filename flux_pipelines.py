@@ -65,8 +65,8 @@ def encode_prompt(flux: Flux, prompt: str, weights: Hashable = ()) -> PromptEmbe
     t5_ids = _token_ids(pipeline.tokenizer_2, prompt, length)
     flux.residency.use(pipeline.text_encoder, pipeline.text_encoder_2)
     embeds = PromptEmbeds(
-        t5=pipeline.text_encoder_2(t5_ids.to(pipeline.device))[0],
-        clip=pipeline.text_encoder(clip_ids.to(pipeline.device)).pooler_output,
+        t5=pipeline.text_encoder_2(t5_ids.to(flux.residency.device))[0],
+        clip=pipeline.text_encoder(clip_ids.to(flux.residency.device)).pooler_output,
     )
     if t5_ids[0, -1] != pipeline.tokenizer_2.pad_token_id:
         tokens = len(pipeline.tokenizer_2(prompt).input_ids)
@@ -89,7 +89,7 @@ def encode_picture(flux: Flux, picture: Image.Image) -> DiagonalGaussianDistribu
     """The VAE's posterior of an RGB picture whose sides are multiples of 16; each seed draws its own sample of it."""
     flux.residency.use(flux.txt2img.vae, work=decoding_bytes(picture.size))
     pixels = flux.txt2img.image_processor.preprocess(picture)  # [1, 3, height, width] in -1..1
-    return flux.txt2img.vae.encode(pixels.to(flux.txt2img.device, flux.dtype)).latent_dist
+    return flux.txt2img.vae.encode(pixels.to(flux.residency.device, flux.dtype)).latent_dist
 
 
 def steps_to_run(steps: int, strength: float) -> int:

@@ -275,7 +275,8 @@ def draw(flux: Flux, prompt: str, steps: int, seed: int) -> Image.Image:
 
 
 def psnr(a: Image.Image, b: Image.Image) -> float:
-    return float(10 * np.log10(255**2 / np.mean((np.asarray(a, float) - np.asarray(b, float)) ** 2)))
+    squares = float(np.mean((np.asarray(a, float) - np.asarray(b, float)) ** 2))
+    return 10 * np.log10(255**2 / squares) if squares else np.inf
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:

@@ -15,7 +15,7 @@ from device import compute_dtype
 from flux_models import Flux, load_flux
 from flux_pipelines import Job, denoise, encode_prompt
 from lora_loader import LoraLoader
-from residency import Memory
+from residency import Memory, TooSmallError
 from settings import read_settings
 from tests.conftest import Server, data_url
 from tests.oracle import load_oracle
@@ -128,6 +128,36 @@ def test_out_of_memory_costs_only_its_request(
     assert predictor.run(**request)[0].read_bytes() == expected
     for folder in predictor.output_folders:
         folder.cleanup()
+
+
+def test_a_gpu_that_holds_only_fp8_runs_fp8_and_says_so(
+    environment: dict[str, str],
+    checkpoints: dict[str, Path],
+    quick: dict[str, Any],
+    server: Server,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(flux_models, "DENOISING_BYTES_PER_PIXEL", 0)
+    monkeypatch.setattr(flux_models, "DECODING_BYTES_PER_PIXEL", 0)
+    sizes = load_flux(checkpoints, CPU, DTYPE)["dev"].residency.sizes
+    room = max(sizes["dev fp8"] + sizes["VAE"], sizes["T5"] + sizes["CLIP"])
+    monkeypatch.setattr(predict, "memory_of", lambda _: Memory(room, 10**9))
+    predictor = predict.Predictor()
+    predictor.setup()
+    defaults = {name: one.default.default for name, one in inspect.signature(predictor.run).parameters.items()}
+    with caplog.at_level("INFO"):
+        drawn = Image.open(predictor.run(**{**defaults, **quick})[0])
+    assert any("cannot hold dev in" in message and "it runs in fp8" in message for message in caplog.messages)
+    assert same(drawn, server.pictures(**quick, go_fast=True)[0])
+    for folder in predictor.output_folders:
+        folder.cleanup()
+
+    monkeypatch.setattr(predict, "memory_of", lambda _: Memory(room // 2, 10**9))
+    with pytest.raises(TooSmallError, match=r"^The device has .* at once[.]$"):
+        predict.Predictor().setup()
 
 
 def out_of_memory(*_: object) -> None:
