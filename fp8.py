@@ -40,7 +40,7 @@ class Fp8Linear(nn.Module):
         self.scale: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, self.in_features)
+        rows = x.reshape(-1, self.in_features).contiguous()
         if self.weight_only or rows.shape[0] == 1:
             product = F.linear(rows, self.weight.to(x.dtype)) * self.scale.squeeze(1) + self.bias
             return product.to(x.dtype).reshape(*x.shape[:-1], self.out_features)

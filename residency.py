@@ -207,9 +207,11 @@ class Residency:
         )
 
     def evict_all(self) -> None:
-        """Give all memory back; what is used next is loaded again."""
-        for name in list(self.resident):
-            self._evict(name)
+        """Give all memory back, also of what was cancelled half-way; what is used next is loaded again."""
+        self.resident = []
+        for part in self._parts.values():
+            release_weights(part.module, self.device)
+        log.info("everything leaves the device")
 
     def _evict(self, name: str) -> None:
         self.resident.remove(name)

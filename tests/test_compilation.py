@@ -92,10 +92,9 @@ def test_nothing_compiles_after_the_warm_up(checkpoints: dict[str, Path], photo:
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
-@pytest.mark.parametrize("weight_only", [False, True])
-def test_a_compiled_layer_agrees(weight_only: bool) -> None:
+def test_a_compiled_layer_agrees() -> None:
     """By the compiler that the predictor uses, any count of rows with one graph."""
-    layer = Fp8Linear(64, 32, weight_only=weight_only, dtype=DTYPE)
+    layer = Fp8Linear(64, 32, weight_only=False, dtype=DTYPE)
     layer.quantize_rows_(0, torch.randn(32, 64))
     layer.bias.data.zero_()
     compiled = torch.compile(layer, fullgraph=True, dynamic=True)
