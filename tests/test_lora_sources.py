@@ -37,7 +37,7 @@ from lora_references import (
     WebFile,
     parse_reference,
 )
-from lora_sources import FetchedLora, fetch_lora, in_use
+from lora_sources import FetchedLora, fetch_lora, fetch_weights, in_use
 from settings import Settings, read_settings
 from tests.web import COMMIT, Fault, Web, lora_file, serve, tar_file, trained
 from tools.cog_schema import ROOT
@@ -738,6 +738,29 @@ def test_cancelling_at_any_time_leaves_nothing(
     assert not list(tmp_path.glob("files/*"))
     web.fault = None
     assert fetch(reference).path.read_bytes() == LORA
+
+
+# A fine-tune's own
+
+
+@pytest.mark.parametrize("content", [LORA, trained(LORA)], ids=["safetensors", "tar"])
+def test_an_operators_weights_may_be_here_or_at_any_address(web: Web, tmp_path: Path, content: bytes) -> None:
+    """A private host and an address without an ending among them, which no request may name."""
+    web.files["/model/weights"] = content
+    (tmp_path / "weights").write_bytes(content)
+    public_only = settings(web, tmp_path / "cache", LORA_ALLOW_PRIVATE_HOSTS="0")
+    for weights in (f"{web.url}/model/weights", str(tmp_path / "weights")):
+        with in_use(fetch_weights(weights, public_only, FAST)) as path:
+            assert path.read_bytes() == LORA
+    (tmp_path / "weights").write_bytes(content[: len(content) // 2])
+    for weights, sentence in {
+        f"{web.url}/nothing": "does not exist",
+        str(tmp_path): "cannot be read: Is a directory.",
+        str(tmp_path / "weights"): "weights",
+    }.items():
+        with pytest.raises(LoraError, match=re.escape(sentence)) as caught:
+            fetch_weights(weights, public_only, FAST)
+        assert str(caught.value).endswith(".")
 
 
 # The command
