@@ -1,12 +1,16 @@
 """The device that the model runs on: all that differs between a CPU and a CUDA GPU."""
 
 import logging
+import os
 
 import torch
 
+from residency import Memory
 from settings import SettingsError
 
 log = logging.getLogger("flux-lora")
+
+RESERVED_BYTES = 600 * 10**6  # of a GPU's memory, for kernels, their workspaces and what torch's allocator cannot use
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -30,6 +34,27 @@ def compute_dtype(device: torch.device) -> torch.dtype:
         return torch.bfloat16
     log.warning("this CPU has no bfloat16 instructions: the models run in float32")
     return torch.float32
+
+
+def memory_of(device: torch.device) -> Memory | None:
+    """What a GPU and its host have for the models; None for a CPU, whose operating system moves mapped files itself."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return Memory(device=free - RESERVED_BYTES, host=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def compiles(setting: bool | None, device: torch.device) -> bool:
+    """Whether the transformers are compiled: as `FLUX_COMPILE` says, or else on a GPU."""
+    return device.type == "cuda" if setting is None else setting
+
+
+def has_fp8_units(device: torch.device) -> bool:
+    """Whether scaled_mm multiplies fp8 matrices there: on GPUs since Ada (compute capability 8.9), and on CPUs."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9):
+        return True
+    log.warning("this GPU has no fp8 matrix units: go_fast keeps the weights in fp8 and computes in bf16")
+    return False
 
 
 def check_device(device: torch.device) -> None:

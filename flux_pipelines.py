@@ -1,87 +1,37 @@
-"""FLUX.1 dev and schnell: load them, share what they share, and turn a prompt into a picture.
+"""From a prompt to a picture, in the file's order: encode the prompt, encode the input picture, denoise, decode.
 
-The data's way is the file's order: load, encode the prompt, encode the input picture, denoise, decode. The denoising
-itself is diffusers' own; the pictures are bit for bit those of its pipelines (`FluxPipeline`, `FluxImg2ImgPipeline`,
-`FluxInpaintPipeline`) on the same checkpoint in the same dtype with a CPU generator of the same seed.
+The networks and the schedule are diffusers', the loop over the steps is ours; the pictures are bit for bit those of
+diffusers' pipelines (`FluxPipeline`, `FluxImg2ImgPipeline`, `FluxInpaintPipeline`) on the same checkpoint in the same
+dtype with a CPU generator of the same seed.
 """
 
-import json
 import logging
-from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
-import diffusers
+import numpy as np
 import torch
-import transformers
-from cachetools import LRUCache
-from diffusers import (
-    AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
-    FluxImg2ImgPipeline,
-    FluxInpaintPipeline,
-    FluxPipeline,
-    FluxTransformer2DModel,
-)
+from diffusers import FluxPipeline
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
-from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
+from flux_models import Flux, PromptEmbeds, decoding_bytes, denoising_bytes
 from images import Size
 
 log = logging.getLogger("flux-lora")
 
-PRECISIONS = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 MAX_SEQUENCE_LENGTH = {"dev": 512, "schnell": 256}  # T5 tokens
-EMBEDDING_CACHE_BYTES = 64 * 2**20  # a dev prompt takes 4 MiB at FLUX.1's width
-WEIGHT_SAMPLES = 64  # places at which two copies of a part are compared
-
-SHARED_CLASSES: dict[str, Any] = {
-    "vae": AutoencoderKL,
-    "text_encoder": CLIPTextModel,
-    "text_encoder_2": T5EncoderModel,
-    "tokenizer": CLIPTokenizer,
-    "tokenizer_2": T5TokenizerFast,
-}
-
-
-@dataclass(frozen=True)
-class PromptEmbeds:
-    """What the transformer sees of a prompt."""
-
-    t5: torch.Tensor  # [1, tokens, t5 width]
-    clip: torch.Tensor  # [1, clip width], CLIP's pooled output
-
-    @property
-    def nbytes(self) -> int:
-        return self.t5.nbytes + self.clip.nbytes
-
-
-def _embedding_cache() -> LRUCache[tuple[str, Hashable], PromptEmbeds]:
-    return LRUCache(EMBEDDING_CACHE_BYTES, getsizeof=lambda embeds: embeds.nbytes)
-
-
-@dataclass(frozen=True)
-class Flux:
-    """One of the two models. Its three pipelines share every component; dev and schnell share all but `OWN_PARTS`."""
-
-    name: str
-    txt2img: FluxPipeline
-    img2img: FluxImg2ImgPipeline
-    inpaint: FluxInpaintPipeline
-    folders: Mapping[str, Path]  # part -> the folder that it was loaded from
-    embeddings: LRUCache[tuple[str, Hashable], PromptEmbeds] = field(default_factory=_embedding_cache)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self.txt2img.transformer.dtype
-        return dtype
-
-    @property
-    def precision(self) -> str:
-        """As the metrics and the log call it."""
-        return PRECISIONS[self.dtype]
+LATENT_CHANNELS = 16
+WARM_UP_SIZE = (528, 304)  # 627 tokens: a count that equals the text's would be compiled for equal counts
+SCHEDULES = 32  # that are kept: picture sizes, counts of steps, models
+MASK_PROCESSOR = VaeImageProcessor(vae_scale_factor=16, do_normalize=False, do_binarize=True, do_convert_grayscale=True)
 
 
 @dataclass(frozen=True)
@@ -101,81 +51,6 @@ class Job:
         return self.steps if self.posterior is None else steps_to_run(self.steps, self.strength)
 
 
-def load_flux(folders: Mapping[str, Path], device: torch.device, dtype: torch.dtype) -> dict[str, Flux]:
-    """Load every model of `folders` (name -> folder in diffusers layout) in `dtype` onto `device`.
-
-    Weights go from the memory-mapped file to their device, tensor by tensor; on the CPU a file of that dtype is never
-    copied at all. A part that a folder lacks, or that is the same as the first model's, is loaded once for both.
-    """
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    models: dict[str, Flux] = {}
-    first_folder = next(iter(folders.values()))
-    first_parts: dict[str, Any] = {}
-    for name, folder in folders.items():
-        parts, sources = {}, {"transformer": folder / "transformer"}
-        for part, part_class in SHARED_CLASSES.items():
-            if part in first_parts and _same_part(folder / part, first_folder / part):
-                parts[part], sources[part] = first_parts[part], first_folder / part
-            else:
-                parts[part], sources[part] = _load_part(part_class, folder, part, device, dtype), folder / part
-        first_parts = first_parts or parts
-        own = {
-            "transformer": _load_part(FluxTransformer2DModel, folder, "transformer", device, dtype),
-            "scheduler": FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler"),
-        }
-        txt2img, img2img, inpaint = pipelines = [
-            kind(**parts, **own) for kind in (FluxPipeline, FluxImg2ImgPipeline, FluxInpaintPipeline)
-        ]
-        for pipeline in pipelines:
-            pipeline.set_progress_bar_config(disable=True)  # the request has one bar for all its pictures
-        models[name] = Flux(name, txt2img, img2img, inpaint, sources)
-    return models
-
-
-def _load_part(part_class: Any, folder: Path, part: str, device: torch.device, dtype: torch.dtype) -> Any:
-    if part.startswith("tokenizer"):
-        return part_class.from_pretrained(folder, subfolder=part)
-    return part_class.from_pretrained(
-        folder, subfolder=part, device_map=str(device), use_safetensors=True, dtype=dtype
-    ).eval()
-
-
-def _same_part(a: Path, b: Path) -> bool:
-    """Whether folder `a` is missing or holds the same thing as folder `b`.
-
-    Small files are compared whole, weights by their length and at `WEIGHT_SAMPLES` places: reading 10 GB twice at every
-    start would cost more than loading a copy, and weights trained apart differ everywhere.
-    """
-    if not a.is_dir():
-        return True
-    names = {file.name for file in a.iterdir()}
-    return names == {file.name for file in b.iterdir()} and all(_same_file(a / name, b / name) for name in names)
-
-
-def _same_file(a: Path, b: Path) -> bool:
-    if a.name == "config.json":
-        return _meaning(a) == _meaning(b)
-    size = a.stat().st_size
-    if size != b.stat().st_size:
-        return False
-    chunk = 2**16
-    stride = max(chunk, size // WEIGHT_SAMPLES)
-    with a.open("rb") as file_a, b.open("rb") as file_b:
-        for offset in range(0, size, stride):
-            file_a.seek(offset)
-            file_b.seek(offset)
-            if file_a.read(chunk) != file_b.read(chunk):
-                return False
-    return True
-
-
-def _meaning(config: Path) -> dict[str, Any]:
-    """A config without the notes on who wrote it, with which version, from where."""
-    values = json.loads(config.read_text())
-    return {key: value for key, value in values.items() if not key.startswith("_") and key != "transformers_version"}
-
-
 @torch.no_grad()
 def encode_prompt(flux: Flux, prompt: str, weights: Hashable = ()) -> PromptEmbeds:
     """Embed a prompt as `FluxPipeline.encode_prompt` does, or take it from the cache, where it belongs to the `weights`
@@ -188,9 +63,10 @@ def encode_prompt(flux: Flux, prompt: str, weights: Hashable = ()) -> PromptEmbe
     pipeline, length = flux.txt2img, MAX_SEQUENCE_LENGTH[flux.name]
     clip_ids = _token_ids(pipeline.tokenizer, prompt, pipeline.tokenizer_max_length)
     t5_ids = _token_ids(pipeline.tokenizer_2, prompt, length)
+    flux.residency.use(pipeline.text_encoder, pipeline.text_encoder_2)
     embeds = PromptEmbeds(
-        t5=pipeline.text_encoder_2(t5_ids.to(pipeline.device))[0],
-        clip=pipeline.text_encoder(clip_ids.to(pipeline.device)).pooler_output,
+        t5=pipeline.text_encoder_2(t5_ids.to(flux.residency.device))[0],
+        clip=pipeline.text_encoder(clip_ids.to(flux.residency.device)).pooler_output,
     )
     if t5_ids[0, -1] != pipeline.tokenizer_2.pad_token_id:
         tokens = len(pipeline.tokenizer_2(prompt).input_ids)
@@ -211,8 +87,9 @@ def _token_ids(tokenizer: Any, prompt: str, length: int) -> torch.Tensor:
 @torch.no_grad()
 def encode_picture(flux: Flux, picture: Image.Image) -> DiagonalGaussianDistribution:
     """The VAE's posterior of an RGB picture whose sides are multiples of 16; each seed draws its own sample of it."""
-    pixels = flux.img2img.image_processor.preprocess(picture)  # [1, 3, height, width] in -1..1
-    return flux.img2img.vae.encode(pixels.to(flux.img2img.device, flux.dtype)).latent_dist
+    flux.residency.use(flux.txt2img.vae, work=decoding_bytes(picture.size))
+    pixels = flux.txt2img.image_processor.preprocess(picture)  # [1, 3, height, width] in -1..1
+    return flux.txt2img.vae.encode(pixels.to(flux.residency.device, flux.dtype)).latent_dist
 
 
 def steps_to_run(steps: int, strength: float) -> int:
@@ -220,45 +97,115 @@ def steps_to_run(steps: int, strength: float) -> int:
     return steps - int(max(steps - min(steps * strength, steps), 0))
 
 
+@torch.no_grad()
 def denoise(flux: Flux, job: Job, seed: int, on_step: Callable[[], object]) -> torch.Tensor:
-    """Denoise one picture. Returns packed latents [1, height/16 * width/16, 64]; calls `on_step` after every step."""
+    """Denoise one picture. Returns packed latents [1, height/16 * width/16, 64]; calls `on_step` after every step.
+
+    All that a step needs is made before the first one, so that the loop queues kernels and nothing else: no value comes
+    back from the device and none goes there.
+    """
+    transformer, (width, height) = flux.txt2img.transformer, job.size
+    flux.residency.use(transformer, flux.txt2img.vae, work=denoising_bytes(job.size))
+    device, dtype = flux.residency.device, flux.dtype
     generator = torch.Generator("cpu").manual_seed(seed)
-
-    def step_end(_pipeline: Any, _step: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
-        on_step()
-        return {}
-
-    width, height = job.size
-    arguments: dict[str, Any] = {
-        "prompt_embeds": job.embeds.t5,
-        "pooled_prompt_embeds": job.embeds.clip,
-        "width": width,
-        "height": height,
-        "num_inference_steps": job.steps,
-        "guidance_scale": job.guidance,
-        "generator": generator,
-        "output_type": "latent",
+    # drawn before the noise, as diffusers does
+    image = None if job.posterior is None else _pack(_scaled_sample(flux, job.posterior, generator))
+    shape = (1, LATENT_CHANNELS, height // 8, width // 8)
+    noise = _pack(randn_tensor(shape, generator=generator, device=device, dtype=dtype))
+    mask = None if job.mask is None else _packed_mask(job.mask, job.size).to(device, dtype)
+    schedule = make_schedule(flux, job.size, job.steps)
+    first = job.steps - job.steps_to_run
+    latents = noise if image is None else _mix(image, noise, schedule.shares[first])
+    inputs = {
+        "encoder_hidden_states": job.embeds.t5,
+        "pooled_projections": job.embeds.clip,
+        "txt_ids": torch.zeros(job.embeds.t5.shape[1], 3, device=device, dtype=dtype),
+        "img_ids": FluxPipeline._prepare_latent_image_ids(1, height // 16, width // 16, device, dtype),
+        "guidance": torch.full([1], job.guidance, device=device) if transformer.config.guidance_embeds else None,
         "return_dict": False,
-        "callback_on_step_end": step_end,
-        "callback_on_step_end_tensor_inputs": [],
     }
-    latents: torch.Tensor
-    if job.posterior is None:
-        latents = flux.txt2img(**arguments)[0]
-    else:
-        # drawn before the pipeline draws its noise, as the pipeline itself would
-        image_latents = _scaled_sample(flux, job.posterior, generator)
-        arguments |= {"image": image_latents, "strength": job.strength}
-        if job.mask is None:
-            latents = flux.img2img(**arguments)[0]
-        else:
-            # FLUX.1 takes no masked image as an input: any latents will do, and save an encoding that nothing reads
-            latents = flux.inpaint(mask_image=job.mask, masked_image_latents=image_latents, **arguments)[0]
+    if transformer.is_cache_enabled:
+        transformer._reset_stateful_cache()  # the last picture's
+    with _positions_made_once(transformer.pos_embed), transformer.cache_context("picture"):
+        for i in range(first, job.steps):
+            velocity = transformer(hidden_states=latents, timestep=schedule.timesteps[i : i + 1], **inputs)[0]
+            latents = (latents.float() + schedule.strides[i] * velocity).to(dtype)
+            if image is not None and mask is not None:
+                kept = _mix(image, noise, schedule.shares[i + 1]) if i + 1 < job.steps else image
+                latents = (1 - mask) * kept + mask * latents
+            on_step()
     return latents
 
 
+def warm_up(models: Mapping[str, Flux]) -> None:
+    """Run every transformer that is on the device, or has room there, for one step: what is to be compiled is, then."""
+    for exact in models.values():
+        for flux in filter(None, (exact, exact.fast)):
+            transformer, dtype = flux.txt2img.transformer, flux.dtype
+            if flux.residency.memory is None or flux.residency.has(transformer):
+                t5 = torch.zeros(1, MAX_SEQUENCE_LENGTH[flux.name], transformer.config.joint_attention_dim, dtype=dtype)
+                clip = torch.zeros(1, transformer.config.pooled_projection_dim, dtype=dtype)
+                embeds = PromptEmbeds(t5.to(flux.residency.device), clip.to(flux.residency.device))
+                denoise(flux, Job(WARM_UP_SIZE, 1, 1.0, embeds), 0, lambda: None)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What the steps of one picture size differ in, on the device."""
+
+    timesteps: torch.Tensor  # [steps], as the transformer takes them: from 1 down
+    strides: torch.Tensor  # [steps] float32: how far each step goes along the velocity; negative
+    shares: torch.Tensor  # [steps + 1]: how much of the latents is noise before each step, and after the last
+
+
+@lru_cache(SCHEDULES)
+def make_schedule(flux: Flux, size: Size, steps: int) -> Schedule:
+    """FLUX.1's schedule, which moves towards the noise as the picture grows, by diffusers' scheduler."""
+    scheduler, dtype = copy(flux.txt2img.scheduler), flux.dtype
+    names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+    shift = calculate_shift((size[0] // 16) * (size[1] // 16), *(scheduler.config[name] for name in names))
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=shift, device=flux.residency.device)
+    return Schedule(scheduler.timesteps.to(dtype) / 1000, scheduler.sigmas.diff(), scheduler.sigmas.to(dtype))
+
+
+def _mix(image: torch.Tensor, noise: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    return share * noise + (1.0 - share) * image
+
+
+def _pack(latents: torch.Tensor) -> torch.Tensor:
+    """[1, 16, height/8, width/8] -> [1, height/16 * width/16, 64]."""
+    packed: torch.Tensor = FluxPipeline._pack_latents(latents, *latents.shape)
+    return packed
+
+
+def _packed_mask(mask: Image.Image, size: Size) -> torch.Tensor:
+    """[1, height/16 * width/16, 64], 1 where it is repainted."""
+    width, height = size
+    pixels = MASK_PROCESSOR.preprocess(mask, height=height, width=width)  # [1, 1, height, width]
+    latents = torch.nn.functional.interpolate(pixels, size=(height // 8, width // 8))
+    return _pack(latents.repeat(1, LATENT_CHANNELS, 1, 1))
+
+
+@contextmanager
+def _positions_made_once(pos_embed: torch.nn.Module) -> Iterator[None]:
+    """Within, the rotations that a transformer makes of its position ids in every forward are those of the first."""
+    make = pos_embed.forward
+    made: list[Any] = []
+
+    def once(ids: torch.Tensor) -> Any:
+        if not made:
+            made.append(make(ids))
+        return made[0]
+
+    pos_embed.forward = once
+    try:
+        yield
+    finally:
+        del pos_embed.forward
+
+
 def _scaled_sample(flux: Flux, posterior: DiagonalGaussianDistribution, generator: torch.Generator) -> torch.Tensor:
-    config = flux.img2img.vae.config
+    config = flux.txt2img.vae.config
     scaled: torch.Tensor = (posterior.sample(generator) - config.shift_factor) * config.scaling_factor
     return scaled
 
@@ -267,6 +214,7 @@ def _scaled_sample(flux: Flux, posterior: DiagonalGaussianDistribution, generato
 def decode(flux: Flux, latents: torch.Tensor, size: Size) -> Image.Image:
     """Turn packed latents [1, tokens, 64] into an RGB picture of `size`."""
     pipeline, (width, height) = flux.txt2img, size
+    flux.residency.use(pipeline.vae, work=decoding_bytes(size))
     unpacked = pipeline._unpack_latents(latents, height, width, pipeline.vae_scale_factor)  # [1, 16, h/8, w/8]
     unpacked = unpacked / pipeline.vae.config.scaling_factor + pipeline.vae.config.shift_factor
     pixels = pipeline.vae.decode(unpacked, return_dict=False)[0]  # [1, 3, height, width]

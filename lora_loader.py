@@ -17,7 +17,7 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
-from flux_pipelines import Flux
+from flux_models import Flux
 from lora_formats import LoraUpdates, read_lora
 from lora_sources import FetchedLora, fetch_lora, fetch_weights, in_use
 from lora_updates import Base, LowRank, Update, rank_of
@@ -34,6 +34,7 @@ Origin: TypeAlias = Literal["download", "disk", "memory"]
 ORIGINS = get_args(Origin)  # the slowest first
 Named: TypeAlias = tuple[str | None, float]  # a reference and its strength
 Content: TypeAlias = tuple[tuple[str, float], ...]  # the LoRAs in a weight: (sha256, strength), sorted
+Wanted: TypeAlias = Mapping[str, Sequence[tuple[str, float, Update]]]  # parameter -> sha256, strength, update
 PRISTINE: Content = ()
 MB = 10**6
 
@@ -78,9 +79,10 @@ class LiveWeights:
         self.module = module
         self.pristine = pristine
         self.contents: dict[str, Content | None] = {}  # of what may differ from the checkpoint; None: unknown
+        self.wanted: Wanted = {}  # what they shall hold, for when the module is not on the device
 
     @torch.no_grad()
-    def apply(self, wanted: Mapping[str, Sequence[tuple[str, float, Update]]]) -> tuple[int, int]:
+    def apply(self, wanted: Wanted) -> tuple[int, int]:
         """Let the weights be those of the checkpoint with `wanted` (parameter -> sha256, strength, update) and nothing
         else. Returns how many were merged and how many restored; what is as it should be is not touched."""
         merged = restored = 0
@@ -147,15 +149,10 @@ class LoraLoader:
 
     def __init__(self, models: Mapping[str, Flux], settings: Settings) -> None:
         self.settings = settings
-        self.live: dict[str, dict[str, LiveWeights]] = {}  # model -> component
-        known: dict[int, LiveWeights] = {}
-        for model, flux in models.items():
-            self.live[model] = {}
-            for component in COMPONENTS:
-                module = getattr(flux.txt2img, component)
-                if id(module) not in known:  # dev and schnell share their text encoders
-                    known[id(module)] = LiveWeights(module, Pristine(flux.folders[component], module))
-                self.live[model][component] = known[id(module)]
+        self.models = models
+        self.residency = next(iter(models.values())).residency
+        self.residency.listeners.append(self)
+        self._live: dict[nn.Module, LiveWeights] = {}  # of every part that is or was in use
         # Read LoRAs by (sha256, model), the least recently used first. A plain dict, since every single step on it is
         # atomic: Cog's cancelling, which can raise between any two lines, leaves it whole.
         self._memory: dict[tuple[str, str], Lora] = {}
@@ -167,8 +164,8 @@ class LoraLoader:
         first model. Raises `LoraError`."""
         self._own = fetch_weights(weights, self.settings)
         self._holds.enter_context(in_use(self._own))
-        model = next(iter(self.live))
-        self.apply(model, [self._active(model, self._own, 1.0)])
+        model, flux = next(iter(self.models.items()))
+        self.apply(flux, [self._active(model, self._own, 1.0)])
 
     def load(self, model: str, main: Named, extra: Named) -> list[ActiveLora]:
         """The LoRAs of one request, fetched and read for `model`, at their strengths.
@@ -198,23 +195,38 @@ class LoraLoader:
         return ActiveLora(lora, strength, fetched.cache)
 
     def _shapes(self, model: str) -> dict[str, dict[str, torch.Size]]:
-        return {component: live.pristine.shapes for component, live in self.live[model].items()}
+        return {component: self.models[model].pristine[component].shapes for component in COMPONENTS}
 
-    def apply(self, model: str, loras: Sequence[ActiveLora]) -> Content:
-        """Let the weights of `model` be those of the checkpoint with `loras` merged in.
+    def before_load(self, module: nn.Module) -> None:
+        """A part is about to come to the device as the checkpoint has it."""
+        if module in self._live:
+            self._live[module].contents.clear()
+
+    def after_load(self, module: nn.Module) -> None:
+        """A part has come: give it the LoRAs that were asked for while it was away."""
+        if module in self._live:
+            self._live[module].apply(self._live[module].wanted)
+
+    def apply(self, flux: Flux, loras: Sequence[ActiveLora]) -> Content:
+        """Let the weights of `flux` be those of the checkpoint with `loras` merged in, now or when they come to the
+        device.
 
         Returns what the text encoders' weights now are, for whoever keeps what they made.
         """
         started, merged, restored = time.perf_counter(), 0, 0
         loras = [active for active in loras if active.strength != 0]
-        for component, live in self.live[model].items():
+        for component in COMPONENTS:
+            module = getattr(flux.txt2img, component)
+            live = self._live.setdefault(module, LiveWeights(module, flux.pristine[component]))
             wanted: dict[str, list[tuple[str, float, Update]]] = {}
             for active in loras:
                 for name, updates in active.lora.file.updates.get(component, {}).items():
                     parts = [(active.lora.sha256, active.strength, update) for update in updates]
                     wanted.setdefault(name, []).extend(parts)
-            counts = live.apply(wanted)
-            merged, restored = merged + counts[0], restored + counts[1]
+            live.wanted = wanted
+            if self.residency.has(module):
+                counts = live.apply(wanted)
+                merged, restored = merged + counts[0], restored + counts[1]
         for active in loras:
             log.info("%s", _describe(active))
         if merged or restored:

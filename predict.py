@@ -13,9 +13,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from checkpoints import find_checkpoints, is_demo
-from device import check_device, choose_device, compute_dtype
-from flux_pipelines import Flux, Job, decode, denoise, encode_picture, encode_prompt, load_flux, steps_to_run
-from images import Inputs, keep_unmasked, read_inputs, save_pictures
+from device import check_device, choose_device, compiles, compute_dtype, memory_of
+from flux_models import FP8, Flux, cache_blocks, compile_blocks, fits, load_flux, settle, use_fast_kernels
+from flux_pipelines import Job, decode, denoise, encode_picture, encode_prompt, steps_to_run, warm_up
+from images import Inputs, Size, keep_unmasked, read_inputs, save_pictures
 from lora_loader import ActiveLora, LoraLoader, slowest_origin
 from phases import Phases
 from safety import BlockedError, load_screener
@@ -44,11 +45,19 @@ class Predictor(BaseRunner):
         with phases.time("find weights"):
             folders = find_checkpoints(self.settings)
         with phases.time("load models"):
-            self.models = load_flux(folders, self.device, compute_dtype(self.device))
+            self.models = load_flux(folders, self.device, compute_dtype(self.device), memory_of(self.device))
+            settle(self.models)
         self.loras = LoraLoader(self.models, self.settings)
         if weights:
             with phases.time("load own LoRA"):
                 self.loras.load_own(str(weights))
+        if self.settings.go_fast_cache_threshold is not None:
+            cache_blocks(self.models, self.settings.go_fast_cache_threshold)
+        if compiles(self.settings.flux_compile, self.device):
+            with phases.time("compile"):
+                use_fast_kernels(self.models)
+                compile_blocks(self.models)
+                warm_up(self.models)
         phases.report()
         self.demos = {name for name, folder in folders.items() if is_demo(folder)}
         self.output_folders: deque[tempfile.TemporaryDirectory[str]] = deque()
@@ -165,33 +174,41 @@ class Predictor(BaseRunner):
         # JSON's 28.0 is an integer to the schema and a float to Python
         num_outputs, steps, quality = int(num_outputs), int(num_inference_steps), int(output_quality)
         seed = _usable_seed(seed, num_outputs)
-        self._say_what_differs(model, go_fast)
-        phases, flux = Phases(self.device), self.models[model]
+        phases = Phases(self.device)
 
         with phases.time("read"):
             inputs = read_inputs(image, mask, aspect_ratio, megapixels, width, height)
+        custom = aspect_ratio == "custom" and inputs.picture is None
+        flux = self._choose(model, inputs.size, fast=go_fast, custom=custom)
+        factor = self.settings.go_fast_lora_multiplier if go_fast and flux.precision == FP8 else 1.0
         with phases.time("lora_fetch"):
-            loras = self.loras.load(model, (replicate_weights, lora_scale), (extra_lora, extra_lora_scale))
+            loras = self.loras.load(
+                model, (replicate_weights, lora_scale * factor), (extra_lora, extra_lora_scale * factor)
+            )
         log.info("%s, %s, %d x %d, seed %d", model, inputs.mode, *inputs.size, seed)
         if inputs.picture and self.settings.safety_check_inputs and not disable_safety_checker:
             self._screen_input(inputs.picture, phases)
         if inputs.picture is not None and steps_to_run(steps, prompt_strength) == 0:
             pictures = [inputs.picture] * num_outputs
         else:
-            with phases.time("lora_apply"):
-                encoders = self.loras.apply(model, loras)
-            with phases.time("encode"):
-                job = Job(
-                    size=inputs.size,
-                    steps=steps,
-                    guidance=guidance_scale,
-                    embeds=encode_prompt(flux, prompt, encoders),
-                    strength=prompt_strength,
-                    posterior=encode_picture(flux, inputs.picture) if inputs.picture else None,
-                    mask=inputs.mask,
-                )
-            phases.report()
-            pictures = _draw(flux, job, range(seed, seed + num_outputs), inputs.picture, phases)
+
+            def draw() -> list[Image.Image]:
+                with phases.time("lora_apply"):
+                    encoders = self.loras.apply(flux, loras)
+                with phases.time("encode"):
+                    job = Job(
+                        size=inputs.size,
+                        steps=steps,
+                        guidance=guidance_scale,
+                        embeds=encode_prompt(flux, prompt, encoders),
+                        strength=prompt_strength,
+                        posterior=encode_picture(flux, inputs.picture) if inputs.picture else None,
+                        mask=inputs.mask,
+                    )
+                phases.report()
+                return _draw(flux, job, range(seed, seed + num_outputs), inputs.picture, phases)
+
+            pictures = flux.residency.guarded(draw)
         shown = pictures if disable_safety_checker else self._screen(pictures, phases)
         with phases.time("save"):
             paths = save_pictures(shown, self._fresh_output_folder(), output_format, quality)
@@ -217,14 +234,21 @@ class Predictor(BaseRunner):
         with phases.time("safety"):
             return self.screener.allowed(pictures)
 
-    def _say_what_differs(self, model: str, go_fast: bool) -> None:
-        """Nothing is done otherwise than asked without a line in the log."""
+    def _choose(self, model: str, size: Size, *, fast: bool, custom: bool) -> Flux:
+        """The model in the precision that was asked for; nothing is done otherwise without a line in the log."""
         if model in self.demos:
             log.warning(
                 "%s is the demo model: it draws one plain shape, such as a red circle on a white background", model
             )
-        if go_fast:
-            log.warning("go_fast: this version has no fp8 yet and runs %s", self.models[model].precision)
+        flux = self.models[model]
+        if flux.fast is None or (fast and not custom):
+            return flux.fast or flux
+        if not fits(flux, size):
+            log.warning("the GPU's memory cannot hold %s in %s: it runs in fp8", model, flux.precision)
+            return flux.fast
+        if fast:
+            log.warning("go_fast: custom sizes run in %s", flux.precision)
+        return flux
 
     def _fresh_output_folder(self) -> pathlib.Path:
         """A new temporary folder. Cog's server reads the pictures after run() has returned, so they stay a while."""

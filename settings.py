@@ -26,6 +26,7 @@ class Settings:
     flux_device: str | None  # None: the first CUDA device, or the CPU where there is none
     flux_compile: bool | None  # None: on for CUDA, off elsewhere
     go_fast_lora_multiplier: float
+    go_fast_cache_threshold: float | None  # None: every step runs every block
     lora_cache_dir: Path
     lora_cache_bytes: int
     lora_ram_bytes: int
@@ -64,6 +65,7 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         flux_device=read("FLUX_DEVICE", _device, None),
         flux_compile=read("FLUX_COMPILE", _switch, None),
         go_fast_lora_multiplier=read("GO_FAST_LORA_MULTIPLIER", _positive, 1.5),
+        go_fast_cache_threshold=read("GO_FAST_CACHE_THRESHOLD", _positive, None),
         lora_cache_dir=read("LORA_CACHE_DIR", _path, Path.home() / ".cache" / "flux-lora"),
         lora_cache_bytes=read("LORA_CACHE_GB", _gigabytes, 50 * GB),
         lora_ram_bytes=read("LORA_RAM_GB", _gigabytes, 8 * GB),

@@ -15,7 +15,8 @@ from checkpoints import WEIGHTS
 from demo.check import Verdict, check
 from demo.scenes import HELD_OUT, Scene, caption
 from device import compute_dtype
-from flux_pipelines import Flux, Job, decode, denoise, encode_prompt, load_flux
+from flux_models import Flux, load_flux
+from flux_pipelines import Job, decode, denoise, encode_prompt
 
 CPU = torch.device("cpu")
 STEPS = {"dev": 28, "schnell": 4}

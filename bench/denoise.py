@@ -8,7 +8,8 @@ import torch
 
 from bench._common import full_width_checkpoints, spread, table
 from device import compute_dtype
-from flux_pipelines import Job, denoise, encode_prompt, load_flux
+from flux_models import load_flux
+from flux_pipelines import Job, denoise, encode_prompt
 
 CPU = torch.device("cpu")
 STEPS = 2

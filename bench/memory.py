@@ -79,7 +79,8 @@ def forget_peak() -> None:
 
 def measure(part: str) -> Any:
     from device import compute_dtype  # noqa: PLC0415 - weighed by "libraries"
-    from flux_pipelines import Job, decode, denoise, encode_prompt, load_flux  # noqa: PLC0415
+    from flux_models import load_flux  # noqa: PLC0415
+    from flux_pipelines import Job, decode, denoise, encode_prompt  # noqa: PLC0415
 
     if part == "libraries":
         return resident()

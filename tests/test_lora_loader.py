@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lora_loader
-from flux_pipelines import Flux, load_flux
+from flux_models import Flux, load_flux
 from lora_loader import LiveWeights, write_weight
 from lora_updates import Dora, Full, Hadamard, Kronecker, LowRank, Update
 from pristine import Pristine
@@ -62,7 +62,7 @@ def some_updates(shapes: dict[str, torch.Size], seed: int, every: int) -> dict[s
 
 @pytest.fixture(scope="module")
 def pristine(flux: Flux) -> Pristine:
-    return Pristine(flux.folders["transformer"], flux.txt2img.transformer)
+    return flux.pristine["transformer"]
 
 
 @pytest.fixture(scope="module")

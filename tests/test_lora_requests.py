@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from flux_pipelines import load_flux
+from flux_models import load_flux
 from lora_loader import LoraLoader
 from settings import read_settings
 from tests.conftest import Server, raw_data_url
@@ -207,7 +207,7 @@ def test_loras_stay_in_memory_within_its_bounds(
         found: list[str] = []
         for reference in references:
             [active] = loader.load("dev", (reference, 1.0), (None, 1.0))
-            loader.apply("dev", [active])
+            loader.apply(models["dev"], [active])
             found.append(active.origin)
         return found
 

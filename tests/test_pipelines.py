@@ -8,13 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import FluxImg2ImgPipeline
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-import flux_pipelines
+import flux_models
 from device import compute_dtype
-from flux_pipelines import Flux, Job, decode, denoise, encode_picture, encode_prompt, load_flux, steps_to_run
+from flux_models import Flux, load_flux
+from flux_pipelines import Job, decode, denoise, encode_picture, encode_prompt, steps_to_run
 from random_flux import FluxSize, write_random_flux
 from tests.conftest import SHARED_PARTS
 from tests.oracle import diffusers_picture, load_oracle
@@ -104,16 +106,14 @@ def test_the_count_of_steps_is_that_of_diffusers(steps: int, strength: float) ->
     class Pipeline:
         scheduler = Scheduler
 
-    _, expected = flux_pipelines.FluxImg2ImgPipeline.get_timesteps(Pipeline, steps, strength, CPU)
+    _, expected = FluxImg2ImgPipeline.get_timesteps(Pipeline, steps, strength, CPU)
     assert steps_to_run(steps, strength) == expected
     assert (steps_to_run(steps, 0), steps_to_run(steps, 1)) == (0, steps)
 
 
 def test_the_two_models_share_what_is_the_same(models: dict[str, Flux]) -> None:
     for part in SHARED_PARTS:
-        assert len({id(getattr(p, part)) for f in models.values() for p in (f.txt2img, f.img2img, f.inpaint)}) == 1
-    for flux in models.values():
-        assert flux.txt2img.transformer is flux.img2img.transformer is flux.inpaint.transformer
+        assert len({id(getattr(f.txt2img, part)) for flux in models.values() for f in (flux, flux.fast)}) == 1
     assert models["dev"].txt2img.transformer is not models["schnell"].txt2img.transformer
 
 
@@ -169,12 +169,12 @@ def test_the_same_prompt_again_costs_no_encoding(checkpoints: dict[str, Path], m
 
 def test_the_embedding_cache_is_bounded_in_bytes(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     one = encode_prompt(load_flux(checkpoints, CPU, DTYPE)["dev"], "size of one").nbytes
-    monkeypatch.setattr(flux_pipelines, "EMBEDDING_CACHE_BYTES", 2 * one)
+    monkeypatch.setattr(flux_models, "EMBEDDING_CACHE_BYTES", 2 * one)
     flux = load_flux(checkpoints, CPU, DTYPE)["dev"]
     for prompt in ("a", "b", "a", "c"):
         encode_prompt(flux, prompt)
     assert {prompt for prompt, _ in flux.embeddings} == {"a", "c"}  # b is the one unused for longest
-    monkeypatch.setattr(flux_pipelines, "EMBEDDING_CACHE_BYTES", one - 1)
+    monkeypatch.setattr(flux_models, "EMBEDDING_CACHE_BYTES", one - 1)
     tiny = load_flux(checkpoints, CPU, DTYPE)["dev"]
     assert encode_prompt(tiny, "too large to keep").nbytes == one
     assert not tiny.embeddings

@@ -13,6 +13,7 @@ def test_defaults_serve() -> None:
     settings = read_settings({})
     assert settings.flux_dev is None
     assert settings.go_fast_lora_multiplier == 1.5
+    assert settings.go_fast_cache_threshold is None
     assert settings.lora_cache_dir == Path.home() / ".cache" / "flux-lora"
     assert not settings.lora_allow_private_hosts
     assert settings.safety_model is None
@@ -48,6 +49,7 @@ def test_values_are_typed() -> None:
         ("FLUX_DEVICE", "gpu"),
         ("FLUX_COMPILE", "maybe"),
         ("GO_FAST_LORA_MULTIPLIER", "0"),
+        ("GO_FAST_CACHE_THRESHOLD", "-1"),
         ("LORA_CACHE_DIR", ""),
         ("LORA_CACHE_GB", "-1"),
         ("LORA_RAM_GB", "inf"),

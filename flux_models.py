@@ -1,0 +1,241 @@
+"""FLUX.1 dev and schnell in memory: built from their files, shared where they are the same, each with its fp8 twin.
+
+The files are read by diffusers and transformers. Which part is on the device at what time is for `residency.py` to say.
+"""
+
+import json
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from cachetools import LRUCache
+from diffusers import (
+    AutoencoderKL,
+    FirstBlockCacheConfig,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
+from torch import nn
+from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+
+from device import has_fp8_units
+from fp8 import new_twin
+from images import Size
+from pristine import Pristine
+from residency import FP8_SUFFIX, VAE, Memory, Residency, plan_layout
+
+FP8 = "fp8"  # a precision, as the metrics and the log call it
+PRECISIONS = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+EMBEDDING_CACHE_BYTES = 64 * 2**20  # a dev prompt takes 4 MiB at FLUX.1's width
+HOPPER = (9, 0)  # CUDA's compute capability
+WEIGHT_SAMPLES = 64  # places at which two copies of a part are compared
+TYPICAL_SIZE = (1024, 1024)
+# of activations at the peak of a transformer's forward and of the VAE (`script/bench memory`)
+DENOISING_BYTES_PER_PIXEL = 800
+DECODING_BYTES_PER_PIXEL = 2100
+
+TOKENIZERS: dict[str, Any] = {"tokenizer": CLIPTokenizer, "tokenizer_2": T5TokenizerFast}
+NETWORKS: dict[str, Any] = {
+    "vae": AutoencoderKL,
+    "text_encoder": CLIPTextModel,
+    "text_encoder_2": T5EncoderModel,
+    "transformer": FluxTransformer2DModel,
+}
+NAMES = {"vae": VAE, "text_encoder": "CLIP", "text_encoder_2": "T5"}  # in plans and in the log
+ENCODERS = ("CLIP", "T5")
+
+
+@dataclass(frozen=True)
+class PromptEmbeds:
+    """What the transformer sees of a prompt."""
+
+    t5: torch.Tensor  # [1, tokens, t5 width]
+    clip: torch.Tensor  # [1, clip width], CLIP's pooled output
+
+    @property
+    def nbytes(self) -> int:
+        return self.t5.nbytes + self.clip.nbytes
+
+
+def _embedding_cache() -> LRUCache[tuple[str, Hashable], PromptEmbeds]:
+    return LRUCache(EMBEDDING_CACHE_BYTES, getsizeof=lambda embeds: embeds.nbytes)
+
+
+@dataclass(frozen=True, eq=False)
+class Flux:
+    """One of the two models in one precision. dev and schnell share all but the transformer and the schedule, a model's
+    two precisions all but the transformer."""
+
+    name: str
+    precision: str  # one of PRECISIONS or FP8
+    txt2img: FluxPipeline
+    pristine: Mapping[str, Pristine]  # component -> its weights as the checkpoint has them
+    residency: Residency
+    embeddings: LRUCache[tuple[str, Hashable], PromptEmbeds] = field(default_factory=_embedding_cache)
+    fast: "Flux | None" = None  # the same model in fp8; None in that one
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed in; for fp8, outside the layers that are in fp8."""
+        dtype: torch.dtype = self.txt2img.transformer.dtype
+        return dtype
+
+
+def load_flux(
+    folders: Mapping[str, Path], device: torch.device, dtype: torch.dtype, memory: Memory | None = None
+) -> dict[str, Flux]:
+    """Load every model of `folders` (name -> folder in diffusers layout) in `dtype` onto `device`, and prepare fp8.
+
+    Weights go from the memory-mapped file to their device, tensor by tensor; on the CPU a file of that dtype is never
+    copied at all. A part that a folder lacks, or that is the same as the first model's, is loaded once for both. With a
+    `memory` to keep within, and for fp8 always, a part comes to the device when it is first used.
+    """
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    residency = Residency(device, memory)
+    models: dict[str, Flux] = {}
+    first_folder = next(iter(folders.values()))
+    first: dict[str, Any] = {}
+    for name, folder in folders.items():
+        parts: dict[str, Any] = {}
+        for part in (*TOKENIZERS, *NAMES):
+            if first and _same_part(folder / part, first_folder / part):
+                parts[part] = first[part]
+            elif part in TOKENIZERS:
+                parts[part] = TOKENIZERS[part].from_pretrained(folder, subfolder=part)
+            else:
+                called = f"{name} {NAMES[part]}" if first else NAMES[part]
+                parts[part] = _load_part(residency, called, folder / part, dtype)
+        first = first or parts
+        parts["scheduler"] = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
+        exact = _load_part(residency, name, folder / "transformer", dtype)
+        twin = new_twin(exact, weight_only=not has_fp8_units(device))
+        residency.add(name + FP8_SUFFIX, twin, residency.pristine(exact), loaded=False)
+        flux = _flux(name, PRECISIONS[dtype], {**parts, "transformer": exact}, residency)
+        fast = _flux(name, FP8, {**parts, "transformer": twin}, residency)
+        models[name] = replace(flux, fast=replace(fast, embeddings=flux.embeddings))
+    return models
+
+
+def _load_part(residency: Residency, name: str, folder: Path, dtype: torch.dtype) -> Any:
+    """Load a network; where device memory is limited it is only mapped, for its shapes."""
+    limited = residency.memory is not None
+    device = torch.device("cpu") if limited else residency.device
+    part_class = NETWORKS[folder.name]
+    module = part_class.from_pretrained(folder, device_map=str(device), use_safetensors=True, dtype=dtype).eval()
+    residency.add(name, module, Pristine(folder, module), loaded=not limited)
+    return module
+
+
+def _flux(name: str, precision: str, parts: Mapping[str, Any], residency: Residency) -> Flux:
+    pristine = {part: residency.pristine(parts[part]) for part in NETWORKS}
+    return Flux(name, precision, FluxPipeline(**parts), pristine, residency)
+
+
+def settle(models: Mapping[str, Flux]) -> None:
+    """Bring to a device of limited memory what it can hold at once: text encoders, VAE, dev, schnell, in this order.
+
+    Raises `TooSmallError` when it cannot run even the smallest transformer.
+    """
+    residency = next(iter(models.values())).residency
+    if residency.memory is not None:
+        transformers = [name + suffix for name in models for suffix in ("", FP8_SUFFIX)]
+        work = denoising_bytes(TYPICAL_SIZE)
+        residency.bring(plan_layout(residency.sizes, residency.memory, transformers, ENCODERS, work))
+
+
+def compile_blocks(models: Mapping[str, Flux], backend: str = "inductor") -> None:
+    """Have the transformers' blocks compiled when they first run: one graph serves all blocks of a kind, both models
+    and every picture size, and takes the weights as its inputs. `TORCHINDUCTOR_CACHE_DIR` keeps it between starts."""
+    for flux in _precisions(models):
+        transformer = flux.txt2img.transformer
+        # the block cache decides by a value, which no graph can
+        transformer.compile_repeated_blocks(fullgraph=not transformer.is_cache_enabled, dynamic=True, backend=backend)
+
+
+def cache_blocks(models: Mapping[str, Flux], threshold: float) -> None:
+    """Have the fp8 twins skip a step's blocks but the first when that one's output changed by less than `threshold`,
+    relative to the last step's (diffusers' first-block cache). It changes the picture."""
+    for flux in models.values():
+        if flux.fast:
+            flux.fast.txt2img.transformer.enable_cache(FirstBlockCacheConfig(threshold))
+
+
+def use_fast_kernels(models: Mapping[str, Flux]) -> None:
+    """Convolutions in the layout of tensor cores, channels last, and on a GPU since Hopper cuDNN's attention."""
+    residency = next(iter(models.values())).residency
+    residency.listeners.append(_ChannelsLast())
+    for flux in _precisions(models):
+        _ChannelsLast().after_load(flux.txt2img.vae)
+        if residency.device.type == "cuda" and torch.cuda.get_device_capability(residency.device) >= HOPPER:
+            flux.txt2img.transformer.set_attention_backend("_native_cudnn")
+
+
+class _ChannelsLast:
+    """Lays a VAE's weights out again whenever they come to the device."""
+
+    def before_load(self, module: nn.Module) -> None:
+        pass
+
+    def after_load(self, module: nn.Module) -> None:
+        if isinstance(module, AutoencoderKL):
+            module.to(memory_format=torch.channels_last)
+
+
+def _precisions(models: Mapping[str, Flux]) -> list[Flux]:
+    return [flux for exact in models.values() for flux in (exact, exact.fast) if flux is not None]
+
+
+def fits(flux: Flux, size: Size) -> bool:
+    """Whether the device has the memory to denoise a picture of this size with this transformer."""
+    return flux.residency.fits(flux.txt2img.transformer, flux.txt2img.vae, work=denoising_bytes(size))
+
+
+def denoising_bytes(size: Size) -> int:
+    """What a transformer's forward needs beside the weights."""
+    return DENOISING_BYTES_PER_PIXEL * size[0] * size[1]
+
+
+def decoding_bytes(size: Size) -> int:
+    """What the VAE needs beside its weights, encoding or decoding."""
+    return DECODING_BYTES_PER_PIXEL * size[0] * size[1]
+
+
+def _same_part(a: Path, b: Path) -> bool:
+    """Whether folder `a` is missing or holds the same thing as folder `b`.
+
+    Small files are compared whole, weights by their length and at `WEIGHT_SAMPLES` places: reading 10 GB twice at every
+    start would cost more than loading a copy, and weights trained apart differ everywhere.
+    """
+    if not a.is_dir():
+        return True
+    names = {file.name for file in a.iterdir()}
+    return names == {file.name for file in b.iterdir()} and all(_same_file(a / name, b / name) for name in names)
+
+
+def _same_file(a: Path, b: Path) -> bool:
+    if a.name == "config.json":
+        return _meaning(a) == _meaning(b)
+    size = a.stat().st_size
+    if size != b.stat().st_size:
+        return False
+    chunk = 2**16
+    stride = max(chunk, size // WEIGHT_SAMPLES)
+    with a.open("rb") as file_a, b.open("rb") as file_b:
+        for offset in range(0, size, stride):
+            file_a.seek(offset)
+            file_b.seek(offset)
+            if file_a.read(chunk) != file_b.read(chunk):
+                return False
+    return True
+
+
+def _meaning(config: Path) -> dict[str, Any]:
+    """A config without the notes on who wrote it, with which version, from where."""
+    values = json.loads(config.read_text())
+    return {key: value for key, value in values.items() if not key.startswith("_") and key != "transformers_version"}

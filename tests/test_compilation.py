@@ -1,0 +1,165 @@
+"""Compiled blocks: as many graphs after a tour of sizes, modes, LoRAs and precisions as before it; and a loop over the
+steps that gives a GPU nothing to wait for."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from device import compute_dtype
+from flux_models import Flux, compile_blocks, load_flux, use_fast_kernels
+from flux_pipelines import Job, decode, denoise, encode_picture, encode_prompt, warm_up
+from fp8 import Fp8Linear
+from lora_loader import LiveWeights
+from lora_updates import LowRank
+from random_flux import FluxSize, write_random_flux
+
+CPU = torch.device("cpu")
+DTYPE = compute_dtype(CPU)
+
+
+def nothing() -> None:
+    pass
+
+
+def precisions(models: dict[str, Flux]) -> Iterator[Flux]:
+    for flux in models.values():
+        assert flux.fast is not None
+        yield from (flux, flux.fast)
+
+
+def job_of(flux: Flux, mode: str, size: tuple[int, int], photo: Image.Image) -> Job:
+    picture = photo.resize(size)
+    return Job(
+        size=size,
+        steps=2,
+        guidance=3.0,
+        embeds=encode_prompt(flux, "a cat"),
+        posterior=None if mode == "txt2img" else encode_picture(flux, picture),
+        mask=picture.convert("L") if mode == "inpaint" else None,
+    )
+
+
+TOUR = [("txt2img", (256, 256)), ("txt2img", (512, 256)), ("img2img", (320, 448)), ("inpaint", (256, 304))]
+
+
+def tour(models: dict[str, Flux], photo: Image.Image) -> list[torch.Tensor]:
+    """Every stop with dev in both precisions, the first with schnell."""
+    stops = {"dev": TOUR, "schnell": TOUR[:1]}
+    return [
+        denoise(flux, replace(job_of(flux, *stop, photo), steps=1), 1, nothing)
+        for flux in precisions(models)
+        for stop in stops[flux.name]
+    ]
+
+
+def change_weights(flux: Flux, strength: float) -> None:
+    transformer, pristine = flux.txt2img.transformer, flux.pristine["transformer"]
+    flux.residency.use(transformer)
+    updates = {
+        name: [("sha", strength, LowRank(torch.ones(out, 1), torch.ones(1, *width), 0.01))]
+        for name, (out, *width) in pristine.shapes.items()
+        if "attn.to_q.weight" in name
+    }
+    LiveWeights(transformer, pristine).apply(updates if strength else {})
+
+
+def test_nothing_compiles_after_the_warm_up(tmp_path: Path, photo: Image.Image) -> None:
+    """Sizes, modes, both models, both precisions, LoRAs written in place, parts that leave and come back. The graphs
+    run as they were traced, so that the latents are bit for bit those of the uncompiled blocks."""
+    folders = {model: tmp_path / model for model in ("dev", "schnell")}
+    for model, folder in folders.items():
+        write_random_flux(folder, FluxSize(single_blocks=2), model=model)
+    models = load_flux(folders, CPU, DTYPE)
+    for flux in precisions(models):
+        change_weights(flux, 0.5)
+    changed = tour(models, photo)
+    models["dev"].residency.evict_all()
+    plain = tour(models, photo)
+    assert not any(torch.equal(a, b) for a, b in zip(plain, changed, strict=True))
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    graphs = torch._dynamo.utils.counters["stats"]
+    compile_blocks(models, backend="eager")
+    warm_up(models)
+    after_warm_up = graphs["unique_graphs"]
+    assert after_warm_up <= 8  # two kinds of block in two precisions, each as the first of its kind and as a later one
+    for latents, expected in zip(tour(models, photo), plain, strict=True):
+        assert torch.equal(latents, expected)
+    for flux in precisions(models):
+        change_weights(flux, 0.5)
+    for latents, expected in zip(tour(models, photo), changed, strict=True):
+        assert torch.equal(latents, expected)
+    models["dev"].residency.evict_all()
+    for latents, expected in zip(tour(models, photo), plain, strict=True):
+        assert torch.equal(latents, expected)
+    assert graphs["unique_graphs"] == after_warm_up
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_a_compiled_layer_agrees() -> None:
+    """By the compiler that the predictor uses, any count of rows with one graph."""
+    layer = Fp8Linear(64, 32, weight_only=False, dtype=DTYPE)
+    layer.quantize_rows_(0, torch.randn(32, 64))
+    layer.bias.data.zero_()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+    torch._dynamo.utils.counters.clear()
+    with torch.no_grad():
+        for rows in (5, 40, 7):
+            x = torch.randn(2, rows, 64, dtype=DTYPE)
+            assert torch.allclose(compiled(x), layer(x), rtol=0.05, atol=0.05)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_the_faster_layout_draws_the_same_picture(checkpoints: dict[str, Path], photo: Image.Image) -> None:
+    models = load_flux({"dev": checkpoints["dev"]}, CPU, DTYPE)
+    flux = models["dev"]
+    latents = denoise(flux, job_of(flux, "txt2img", (256, 256), photo), 1, nothing)
+    plain = decode(flux, latents, (256, 256))
+    use_fast_kernels(models)
+    for _ in range(2):
+        assert flux.txt2img.vae.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+        fast = decode(flux, latents, (256, 256))
+        assert max(abs(a - b) for a, b in zip(plain.tobytes(), fast.tobytes(), strict=True)) <= 2
+        flux.residency.evict_all()
+        flux.residency.use(flux.txt2img.vae)
+
+
+WAITS = ("_local_scalar_dense", "lift_fresh", "nonzero", "is_pinned", "equal")  # the device's answer, or data for it
+
+
+class Operations(TorchDispatchMode):
+    """Notes every operation that runs, by the step that it runs in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[list[str]] = [[]]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        moves = func._opname == "_to_copy" and kwargs.get("device") is not None
+        self.steps[-1].append("move" if moves else func._opname)
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("mode", ["txt2img", "img2img", "inpaint"])
+def test_a_step_neither_waits_for_the_device_nor_sends_it_anything(
+    checkpoints: dict[str, Path], photo: Image.Image, mode: str
+) -> None:
+    flux = load_flux({"dev": checkpoints["dev"]}, CPU, DTYPE)["dev"]
+    for one in precisions({"dev": flux}):
+        job = job_of(one, mode, (256, 256), photo)
+        denoise(one, job, 1, nothing)  # brings the transformer and makes the schedule
+        with Operations() as operations:
+            denoise(one, job, 1, lambda: operations.steps.append([]))
+        before, *steps, _ = operations.steps
+        assert len(steps) == 1  # the first is counted with what comes before it
+        assert "addmm" in steps[0] or "_scaled_mm" in steps[0]
+        assert not {"move", *WAITS} & set(steps[0])
+        assert before.count("sin") > steps[0].count("sin")  # the positions' are made with the first step, and no more
