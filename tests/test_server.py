@@ -208,7 +208,7 @@ def test_metrics_and_a_log_line_per_phase(server: Server, small: dict[str, Any],
 
 def test_what_is_done_otherwise_than_asked_is_said(server: Server, small: dict[str, Any]) -> None:
     logs = server(**{**small, "go_fast": True})["logs"]
-    assert f"go_fast: this version has no fp8 yet and runs {PRECISION}" in logs
+    assert f"go_fast: custom sizes run in {PRECISION}" in logs
     ignored = {**small, "aspect_ratio": "1:1", "megapixels": "0.25", "num_inference_steps": 1}
     assert "width and height are ignored" in server(**ignored)["logs"]
     assert "width and height are ignored" not in server(**small)["logs"]
