@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 
-from lora_header import Header, Shape
+from lora_header import Header, Shape, shown
 from lora_names import TRANSFORMER, Names, Shapes, split_key
 from lora_references import LoraError
 
@@ -75,9 +75,9 @@ def _foreign(header: Header) -> Iterator[str]:
     for family, pattern in _PATTERNS:
         if found := next((key for key, stem in stems.items() if pattern.search(stem)), None):
             exact = _STABLE_DIFFUSION.get(_width(header, r"attn2[._]to_[kv]$")) if "or SDXL" in family else None
-            yield f"{exact or family}, not a LoRA for FLUX.1 (it has {found[:100]})"
+            yield f"{exact or family}, not a LoRA for FLUX.1 (it has {shown(found)})"
     if stems and not any(split_key(key)[1] for key in stems):
-        yield f"a whole model or a part of one, not a LoRA (it has {next(iter(stems))[:100]})"
+        yield f"a whole model or a part of one, not a LoRA (it has {shown(next(iter(stems)))})"
 
 
 def _other_flux(header: Header, shapes: Shapes) -> Iterator[str]:

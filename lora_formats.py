@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lora_families import other_family
-from lora_header import Header, Shape, read_header
+from lora_header import Header, Shape, read_header, shown
 from lora_kinds import KINDS, LYCORIS_EPS, Kind, magnitude_fits, magnitude_of, split
 from lora_names import UNUSED, Key, Module, Names, Shapes
 from lora_peft import PeftConfigs
@@ -29,7 +29,6 @@ log = logging.getLogger("flux-lora")
 
 MOST_NAMED = 3  # in one error
 ROUNDING = 0.02  # of bfloat16 factors, relative to the largest number
-MOST_TEXT = 120  # characters of a key in one error
 
 # What a module has in common with all that its writer wrote: a single one without it has lost it.
 SHARED_PARTS = ("alpha", "dora_scale", "magnitude", "up_bias")
@@ -54,7 +53,7 @@ class _Group:
 
     @property
     def kinds(self) -> list[Kind]:
-        return [kind for kind in KINDS if any(part in self.keys for part in kind.parts)]
+        return [kind for kind in KINDS if not self.keys.keys().isdisjoint(kind.parts)]
 
     @property
     def whole(self) -> bool:
@@ -79,12 +78,12 @@ def read_lora(path: Path, shapes: Shapes, name: str) -> LoraUpdates:
         parts = {part: tensors[key].reshape(group.shapes[part]) for part, key in group.keys.items()}
         for part, key in group.keys.items():
             if part != "alpha" and not is_finite(parts[part]):
-                raise LoraError(f"{name} is damaged: {_short(key)} holds numbers that are not finite.")
+                raise LoraError(f"{name} is damaged: {shown(key)} holds numbers that are not finite.")
         for parameter, update in _updates(group, parts, shapes, configs, name):
             known = updates[component].setdefault(parameter, (update,))[0]
             other = first.setdefault((component, parameter), stem)
             if known is not update and not _same(known, update):
-                both = f"{_short(other)} and {_short(stem)}"
+                both = f"{shown(other)} and {shown(stem)}"
                 raise LoraError(f"{name} cannot be used: {both} are about the same weight and differ.")
             twice += known is not update
     if twice:
@@ -114,16 +113,16 @@ def _understand(header: Header, shapes: Shapes, name: str) -> list[_Group]:
     for text, entry in header.entries.items():
         key = names.understand(text)
         if key is None and UNUSED.match(text):
-            log.warning("%s: %s is about a layer that FLUX.1 does not use; it has no effect", name, _short(text))
+            log.warning("%s: %s is about a layer that FLUX.1 does not use; it has no effect", name, shown(text))
             continue
         if key is None:
-            unknown.append(_short(text))
+            unknown.append(shown(text))
             continue
         if entry.dtype not in (DTYPES if key.part == "alpha" else FLOATS):
-            wrong.append(f"{_short(text)} is of type {entry.dtype}")
+            wrong.append(f"{shown(text)} is of type {entry.dtype}")
         group = groups.setdefault(key.stem, _Group(key))
         if key.part in group.keys:
-            wrong.append(f"{_short(text)} is there twice")
+            wrong.append(f"{shown(text)} is there twice")
         group.keys[key.part] = text
         shape = entry.shape
         group.shapes[key.part] = shape[:2] if shape[2:] == (1, 1) else shape  # a linear layer saved as a convolution
@@ -157,7 +156,7 @@ def _rename_whole_differences(groups: Collection[_Group], shapes: Shapes) -> Non
 
 def _misfits(group: _Group, shapes: Shapes) -> list[str]:
     """What is wrong with the parts of one module, by their names and shapes alone."""
-    has, kinds, stem = group.shapes, group.kinds, _short(group.key.stem)
+    has, kinds, stem = group.shapes, group.kinds, shown(group.key.stem)
     weight, parameters = _weight_of(group.key.module, shapes), shapes[group.key.module.component]
     biased = all(f"{name}.bias" in parameters for name in group.key.module.names)
     wrong = [f"{stem} holds several kinds of update"] if len(kinds) > 1 else []
@@ -181,7 +180,7 @@ def _misfits(group: _Group, shapes: Shapes) -> list[str]:
         "up_bias": lambda shape: biased and shape == weight[:1] and "up" in has,
     }
     return wrong + [
-        f"{_short(group.keys[part])} does not fit" for part in fits if part in has and not fits[part](has[part])
+        f"{shown(group.keys[part])} does not fit" for part in fits if part in has and not fits[part](has[part])
     ]
 
 
@@ -198,10 +197,10 @@ def _lost(groups: Collection[_Group]) -> list[str]:
         for part in SHARED_PARTS:
             if counts[part]:
                 lacking = [group for group in many if part not in group.keys and not (part == "alpha" and group.whole)]
-                wrong += [f"{_short(group.key.stem)} has no {part}, as others have" for group in lacking]
+                wrong += [f"{shown(group.key.stem)} has no {part}, as others have" for group in lacking]
         columns = [group for group in many if group.shapes.get("dora_scale", ())[:1] == (1,)]
         if columns and len(columns) < counts["dora_scale"]:
-            wrong.append(f"{_short(columns[0].key.stem)} has a dora_scale along another side than others")
+            wrong.append(f"{shown(columns[0].key.stem)} has a dora_scale along another side than others")
     return wrong
 
 
@@ -238,7 +237,7 @@ def _scale(group: _Group, rank: int | None, alpha: Tensor | None, configs: PeftC
     """How much an update counts: alpha / rank, 1 where the file does not say."""
     value = None if alpha is None or rank is None else float(alpha)
     if value is not None and not (math.isfinite(value) and value):
-        raise LoraError(f"{name} is damaged: {_short(group.keys['alpha'])} is {value:g}.")
+        raise LoraError(f"{name} is damaged: {shown(group.keys['alpha'])} is {value:g}.")
     if config := configs.of(group.key):
         return config.scale(group.key.name, rank, value)
     return 1.0 if value is None or rank is None else value / rank
@@ -248,10 +247,6 @@ def _some(texts: Sequence[str]) -> str:
     """The first few, and how many more there are."""
     more = f" and {len(texts) - MOST_NAMED} more" if len(texts) > MOST_NAMED else ""
     return ", ".join(texts[:MOST_NAMED]) + more
-
-
-def _short(key: str) -> str:
-    return key if len(key) <= MOST_TEXT and key.isprintable() else repr(key[:MOST_TEXT])
 
 
 def _times(shape: Shape) -> str:

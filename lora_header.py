@@ -15,6 +15,8 @@ from lora_references import LoraError
 
 MOST_TENSORS = 50_000  # FLUX.1 has 1,500 parameters
 
+MOST_TEXT = 120  # characters of a key in one error
+
 Shape = tuple[int, ...]
 
 
@@ -58,6 +60,11 @@ def read_header(path: Path, name: str) -> Header:
     if len(entries) > MOST_TENSORS:
         raise LoraError(f"{name} has {len(entries)} tensors; no LoRA has more than {MOST_TENSORS}.")
     return Header(entries, metadata, 8 + length)
+
+
+def shown(key: str) -> str:
+    """A key as an error may show it: on one line and not for ever."""
+    return key if len(key) <= MOST_TEXT and key.isprintable() else repr(key[:MOST_TEXT])
 
 
 def _first_words(error: Exception) -> str:

@@ -513,6 +513,22 @@ def with_parts(file: LoraFile, **parts: Tensor) -> LoraFile:
     return file
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_numbers_that_are_not_finite_are_refused(dtype: torch.dtype, shapes: Shapes, base: Base, read: Read) -> None:
+    file = make_lora(shapes, "diffusers", only=r"blocks\.1\.attn\.to_q", dtype=dtype)
+    key = "transformer.transformer_blocks.1.attn.to_q.lora_B.weight"
+    good = file.tensors[key]
+    none = [float("nan")] if dtype == torch.float8_e4m3fn else [float("nan"), float("inf"), -float("inf")]
+    for sign, value in product((1, -1), [torch.finfo(dtype).max, 0, *none]):
+        numbers = good.float()
+        numbers[3, 1] = sign * value
+        file.tensors[key] = numbers.to(dtype)
+        if value in none:
+            assert f"{key} holds numbers that are not finite" in refusal(read, file)
+        else:
+            read(file)
+
+
 @pytest.mark.parametrize("alpha", [float("nan"), float("inf"), 0.0])
 def test_an_alpha_that_means_nothing_is_refused(alpha: float, shapes: Shapes, read: Read) -> None:
     file = with_parts(make_lora(shapes, "kohya", only=SOME), alpha=torch.tensor(alpha))
@@ -616,6 +632,7 @@ OTHER_FAMILIES = [
     ("diffusion_model.double_stream_blocks.0.block.ff_i.w1.lora_A.weight", (4, 2560), "HiDream"),
     ("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", (4, 4096), "a language model"),
     ("double_blocks.0.processor.ip_adapter_double_stream_k_proj.weight", (3072, 4096), "an IP-Adapter"),
+    ("\n\n.ip_adapter" * 500, (4, 768), "an IP-Adapter"),
     ("emb_params", (4, 768), "a textual-inversion embedding"),
     ("bundle_emb.sks.clip_l", (4, 768), "textual-inversion embeddings in it"),
     ("controlnet_x_embedder.lora_A.weight", (4, 64), "a ControlNet"),
