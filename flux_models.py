@@ -152,7 +152,7 @@ def settle(models: Mapping[str, Flux]) -> None:
 def compile_blocks(models: Mapping[str, Flux], backend: str = "inductor") -> None:
     """Have the transformers' blocks compiled when they first run: one graph serves all blocks of a kind, both models
     and every picture size, and takes the weights as its inputs. `TORCHINDUCTOR_CACHE_DIR` keeps it between starts."""
-    for flux in _precisions(models):
+    for flux in precisions(models):
         transformer = flux.txt2img.transformer
         # the block cache decides by a value, which no graph can
         transformer.compile_repeated_blocks(fullgraph=not transformer.is_cache_enabled, dynamic=True, backend=backend)
@@ -170,7 +170,7 @@ def use_fast_kernels(models: Mapping[str, Flux]) -> None:
     """Convolutions in the layout of tensor cores, channels last, and on a GPU since Hopper cuDNN's attention."""
     residency = next(iter(models.values())).residency
     residency.listeners.append(_ChannelsLast())
-    for flux in _precisions(models):
+    for flux in precisions(models):
         _ChannelsLast().after_load(flux.txt2img.vae)
         if residency.device.type == "cuda" and torch.cuda.get_device_capability(residency.device) >= HOPPER:
             flux.txt2img.transformer.set_attention_backend("_native_cudnn")
@@ -187,7 +187,8 @@ class _ChannelsLast:
             module.to(memory_format=torch.channels_last)
 
 
-def _precisions(models: Mapping[str, Flux]) -> list[Flux]:
+def precisions(models: Mapping[str, Flux]) -> list[Flux]:
+    """Every model in every precision that it has."""
     return [flux for exact in models.values() for flux in (exact, exact.fast) if flux is not None]
 
 

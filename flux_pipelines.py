@@ -22,7 +22,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
-from flux_models import Flux, PromptEmbeds, decoding_bytes, denoising_bytes
+from flux_models import Flux, PromptEmbeds, decoding_bytes, denoising_bytes, precisions
 from images import Size
 
 log = logging.getLogger("flux-lora")
@@ -139,14 +139,13 @@ def denoise(flux: Flux, job: Job, seed: int, on_step: Callable[[], object]) -> t
 
 def warm_up(models: Mapping[str, Flux]) -> None:
     """Run every transformer that is on the device, or has room there, for one step: what is to be compiled is, then."""
-    for exact in models.values():
-        for flux in filter(None, (exact, exact.fast)):
-            transformer, dtype = flux.txt2img.transformer, flux.dtype
-            if flux.residency.memory is None or flux.residency.has(transformer):
-                t5 = torch.zeros(1, MAX_SEQUENCE_LENGTH[flux.name], transformer.config.joint_attention_dim, dtype=dtype)
-                clip = torch.zeros(1, transformer.config.pooled_projection_dim, dtype=dtype)
-                embeds = PromptEmbeds(t5.to(flux.residency.device), clip.to(flux.residency.device))
-                denoise(flux, Job(WARM_UP_SIZE, 1, 1.0, embeds), 0, lambda: None)
+    for flux in precisions(models):
+        transformer, dtype = flux.txt2img.transformer, flux.dtype
+        if flux.residency.memory is None or flux.residency.has(transformer):
+            t5 = torch.zeros(1, MAX_SEQUENCE_LENGTH[flux.name], transformer.config.joint_attention_dim, dtype=dtype)
+            clip = torch.zeros(1, transformer.config.pooled_projection_dim, dtype=dtype)
+            embeds = PromptEmbeds(t5.to(flux.residency.device), clip.to(flux.residency.device))
+            denoise(flux, Job(WARM_UP_SIZE, 1, 1.0, embeds), 0, lambda: None)
 
 
 @dataclass(frozen=True)

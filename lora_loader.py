@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from flux_models import Flux
 from lora_formats import LoraUpdates, read_lora
+from lora_names import CLIP, T5, TRANSFORMER
+from lora_network import MB
 from lora_sources import FetchedLora, fetch_lora, fetch_weights, in_use
 from lora_updates import Base, LowRank, Update, rank_of
 from pristine import Pristine
@@ -26,8 +28,8 @@ from settings import Settings
 
 log = logging.getLogger("flux-lora")
 
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
-COMPONENTS = ("transformer", *TEXT_ENCODERS)  # what a LoRA may change
+TEXT_ENCODERS = (CLIP, T5)
+COMPONENTS = (TRANSFORMER, *TEXT_ENCODERS)  # what a LoRA may change
 CHUNK = 3 * 2**18  # float32 numbers that a CPU merges at a time: few enough to stay in its cache
 
 Origin: TypeAlias = Literal["download", "disk", "memory"]
@@ -36,7 +38,6 @@ Named: TypeAlias = tuple[str | None, float]  # a reference and its strength
 Content: TypeAlias = tuple[tuple[str, float], ...]  # the LoRAs in a weight: (sha256, strength), sorted
 Wanted: TypeAlias = Mapping[str, Sequence[tuple[str, float, Update]]]  # parameter -> sha256, strength, update
 PRISTINE: Content = ()
-MB = 10**6
 
 
 @dataclass(frozen=True)

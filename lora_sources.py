@@ -72,12 +72,7 @@ def fetch_lora(reference: str, settings: Settings, pace: Pace = Pace()) -> Fetch
 
     Raises `LoraError`, one sentence for the person who asked.
     """
-    source = parse_reference(reference)
-    cache = LoraCache(settings.lora_cache_dir, settings.lora_cache_bytes)
-    if source.immutable and (record := cache.find(_key(source))):
-        return _fetched(cache, record, source, "disk")
-    cache.prepare()
-    return _interruptible(lambda stop: _fetch(_Fetch(source, settings, pace, cache, stop)), source.label, pace)
+    return _through_cache(parse_reference(reference), settings, pace)
 
 
 def fetch_weights(weights: str, settings: Settings, pace: Pace = Pace()) -> FetchedLora:  # noqa: B008
@@ -86,8 +81,13 @@ def fetch_weights(weights: str, settings: Settings, pace: Pace = Pace()) -> Fetc
     Unlike a request's, its URL may lead to a private host. Raises `LoraError`.
     """
     source = WebFile(weights) if re.match("https?://", weights) else LocalFile(weights)
-    settings = replace(settings, lora_allow_private_hosts=True)
+    return _through_cache(source, replace(settings, lora_allow_private_hosts=True), pace)
+
+
+def _through_cache(source: Source, settings: Settings, pace: Pace) -> FetchedLora:
     cache = LoraCache(settings.lora_cache_dir, settings.lora_cache_bytes)
+    if source.immutable and (record := cache.find(_key(source))):
+        return _fetched(cache, record, source, "disk")
     cache.prepare()
     return _interruptible(lambda stop: _fetch(_Fetch(source, settings, pace, cache, stop)), source.label, pace)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from bench._common import full_width_checkpoints, spread, table
+from bench._common import full_width_checkpoints, seconds, spread, table
 from device import compute_dtype
 from flux_models import load_flux
 from flux_pipelines import Job, denoise, encode_prompt
@@ -69,12 +69,6 @@ def forward_inputs(transformer: torch.nn.Module, run: Any) -> dict[str, Any]:
 def forwards(transformer: torch.nn.Module, inputs: dict[str, Any]) -> None:
     for _ in range(STEPS):
         transformer(**inputs)
-
-
-def seconds(run: Any) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from diffusers import FluxTransformer2DModel
 from PIL import Image
 from torch import Tensor, nn
 
-from bench._common import full_width_checkpoints, table
+from bench._common import full_width_checkpoints, seconds, table
 from checkpoints import WEIGHTS
 from device import compute_dtype
 from flux_models import Flux, load_flux
@@ -281,12 +281,6 @@ def psnr(a: Image.Image, b: Image.Image) -> float:
 
 def relative_error(value: Tensor, truth: Tensor) -> float:
     return float((value.double() - truth).norm() / truth.norm())
-
-
-def seconds(run: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
 
 
 if __name__ == "__main__":

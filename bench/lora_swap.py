@@ -5,8 +5,6 @@ import copy
 import gc
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from diffusers import FluxTransformer2DModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from bench._common import full_width_checkpoints, table
+from bench._common import full_width_checkpoints, seconds, table
 from lora_formats import read_lora
 from lora_loader import LiveWeights
 from lora_updates import LowRank, Update
@@ -44,22 +42,22 @@ def main() -> None:
         drift()
 
 
-def block_layers(transformer: nn.Module) -> dict[str, nn.Linear]:
-    """Every linear layer of the blocks: what a LoRA touches at most."""
+def block_layers(pristine: Pristine) -> dict[str, torch.Size]:
+    """The weights' shapes of every linear layer of the blocks: what a LoRA touches at most."""
     return {
-        name: module
-        for name, module in transformer.named_modules()
-        if isinstance(module, nn.Linear) and "transformer_blocks." in name
+        name.removesuffix(".weight"): shape
+        for name, shape in pristine.shapes.items()
+        if len(shape) == 2 and "transformer_blocks." in name
     }
 
 
-def new_lora(transformer: nn.Module, rank: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> Tensors:
+def new_lora(pristine: Pristine, rank: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> Tensors:
     """A file's tensors, in diffusers' names without the first `transformer.`; differences of about 1% of a weight."""
     generator = torch.Generator().manual_seed(seed)
     tensors: Tensors = {}
-    for name, layer in block_layers(transformer).items():
-        down = torch.randn(rank, layer.in_features, generator=generator) / rank**0.5
-        up = torch.randn(layer.out_features, rank, generator=generator) * 2e-4
+    for name, (out, width) in block_layers(pristine).items():
+        down = torch.randn(rank, width, generator=generator) / rank**0.5
+        up = torch.randn(out, rank, generator=generator) * 2e-4
         tensors |= {f"{name}.lora_A.weight": down.to(dtype), f"{name}.lora_B.weight": up.to(dtype)}
     return tensors
 
@@ -81,12 +79,6 @@ def together(*loras: Parts) -> Parts:
     return sums
 
 
-def seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
 def load(folder: Path, dtype: torch.dtype = torch.bfloat16) -> FluxTransformer2DModel:
     return FluxTransformer2DModel.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False)
 
@@ -99,7 +91,7 @@ def swap_times() -> dict[tuple[int, int], dict[str, float]]:
     live = LiveWeights(module, Pristine(folder, module))
     rows, results = [], {}
     for rank in RANKS:
-        files = [new_lora(module, rank, seed) for seed in range(4)]
+        files = [new_lora(live.pristine, rank, seed) for seed in range(4)]
         loras = [parsed(file, live.pristine, f"{rank} {i}") for i, file in enumerate(files)]
         for count in (1, 2):
             sets = [together(*loras[:count]), together(*loras[2 : 2 + count])]
@@ -121,7 +113,7 @@ def swap_times() -> dict[tuple[int, int], dict[str, float]]:
                 ]
             )
             print(*rows[-1], flush=True)
-    touched = sum(live.pristine(f"{name}.weight").nbytes for name in block_layers(module))
+    touched = sum(live.pristine(f"{name}.weight").nbytes for name in block_layers(live.pristine))
     print(
         f"\nOne swap of every linear layer of the blocks in bf16, {touched / 1e9:.2f} GB, files in memory; medians in"
         f" seconds. Goals at rank 16: ours / floor at most {GOAL_FLOOR}, fuse / ours at least {GOAL_FUSE}."
@@ -221,7 +213,7 @@ def step_costs(swaps: dict[tuple[int, int], dict[str, float]]) -> None:
     rows = []
     step()
     for rank in (16, 128):
-        files = [new_lora(transformer, rank, seed) for seed in range(2)]
+        files = [new_lora(live.pristine, rank, seed) for seed in range(2)]
         for count in (1, 2):
             parts = together(*(parsed(file, live.pristine, str(i)) for i, file in enumerate(files[:count])))
             plain, merged, unmerged = [], [], []
@@ -260,7 +252,7 @@ def drift() -> None:
         theirs = copy.deepcopy(ours)
         pristine = Pristine(folder / "transformer", ours)
         live = LiveWeights(ours, pristine)
-        files = [new_lora(ours, 16, seed) for seed in range(2)]
+        files = [new_lora(pristine, 16, seed) for seed in range(2)]
         sets = [parsed(file, pristine, str(i)) for i, file in enumerate(files)]
         load_adapters(theirs, files, range(2))
         rows = []
@@ -281,17 +273,12 @@ def drifted(module: nn.Module, pristine: Pristine, suffix: str) -> tuple[str, st
     """The share of weights that differ, and the norm of the difference relative to the weights'."""
     changed = count = 0
     error = norm = 0.0
-    for layer in block_layers_of(pristine):
+    for layer in block_layers(pristine):
         before, now = pristine(f"{layer}.weight"), module.get_parameter(f"{layer}{suffix}.weight")
         changed, count = changed + int((before != now).sum()), count + before.numel()
         error += float((now.double() - before.double()).square().sum())
         norm += float(before.double().square().sum())
     return f"{changed / count:.1%}", f"{(error / norm) ** 0.5:.2g}"
-
-
-def block_layers_of(pristine: Pristine) -> list[str]:
-    names = (name.rpartition(".")[0] for name, shape in pristine.shapes.items() if len(shape) == 2)
-    return [name for name in names if "transformer_blocks." in name]
 
 
 if __name__ == "__main__":

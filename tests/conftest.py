@@ -2,6 +2,8 @@
 
 import base64
 import io
+import json
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -9,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import requests
 from PIL import Image
@@ -95,3 +98,17 @@ def photo() -> Image.Image:
     """A picture with colour everywhere, 240 x 300, so that nothing about its size fits by chance."""
     gradients = [Image.linear_gradient("L"), Image.radial_gradient("L"), Image.linear_gradient("L").rotate(90)]
     return Image.merge("RGB", gradients).resize((240, 300))
+
+
+def same(a: Image.Image, b: Image.Image) -> bool:
+    return np.array_equal(np.asarray(a.convert("RGB")), np.asarray(b.convert("RGB")))
+
+
+def failure(answer: dict[str, Any]) -> str:
+    """The sentence of a failed prediction, without what coglet puts before it."""
+    assert answer["status"] == "failed", answer
+    assert "Traceback" not in json.dumps(answer)
+    sentence = re.sub(r"^(Prediction failed: )+\w+Error: ", "", answer["error"])
+    assert sentence.endswith(".")
+    assert "\n" not in sentence
+    return sentence

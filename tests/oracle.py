@@ -39,3 +39,13 @@ def diffusers_picture(
     if mask is None:
         return FluxImg2ImgPipeline(**pipeline.components)(**options).images[0]
     return FluxInpaintPipeline(**pipeline.components)(mask_image=mask, **options).images[0]
+
+
+def small_picture(pipeline: FluxPipeline, model: str, small: dict[str, Any]) -> Image.Image:
+    """The picture of the `small` request."""
+    return diffusers_picture(
+        pipeline,
+        model=model,
+        guidance_scale=3.0,
+        **{name: small[name] for name in ("seed", "prompt", "width", "height", "num_inference_steps")},
+    )

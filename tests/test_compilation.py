@@ -1,7 +1,6 @@
 """Compiled blocks: as many graphs after a tour of sizes, modes, LoRAs and precisions as before it; and a loop over the
 steps that gives a GPU nothing to wait for."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from device import compute_dtype
-from flux_models import Flux, compile_blocks, load_flux, use_fast_kernels
+from flux_models import Flux, compile_blocks, load_flux, precisions, use_fast_kernels
 from flux_pipelines import Job, decode, denoise, encode_picture, encode_prompt, warm_up
 from fp8 import Fp8Linear
 from lora_loader import LiveWeights
@@ -25,12 +24,6 @@ DTYPE = compute_dtype(CPU)
 
 def nothing() -> None:
     pass
-
-
-def precisions(models: dict[str, Flux]) -> Iterator[Flux]:
-    for flux in models.values():
-        assert flux.fast is not None
-        yield from (flux, flux.fast)
 
 
 def job_of(flux: Flux, mode: str, size: tuple[int, int], photo: Image.Image) -> Job:

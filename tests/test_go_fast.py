@@ -17,10 +17,9 @@ from flux_pipelines import Job, denoise, encode_prompt
 from lora_loader import LoraLoader
 from residency import Memory, TooSmallError
 from settings import read_settings
-from tests.conftest import Server, data_url
+from tests.conftest import Server, data_url, same
 from tests.oracle import load_oracle
 from tests.test_lora_requests import Factors, as_reference, distance, random_factors
-from tests.test_server import same
 
 CPU = torch.device("cpu")
 DTYPE = compute_dtype(CPU)

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from flux_models import load_flux
 from lora_loader import LoraLoader
 from settings import read_settings
-from tests.conftest import Server, raw_data_url
-from tests.oracle import diffusers_picture, load_oracle
-from tests.test_server import failure, same
+from tests.conftest import Server, failure, raw_data_url, same
+from tests.oracle import load_oracle, small_picture
 from tools.server import cog_server
 
 RANK = 4
@@ -116,16 +115,7 @@ def test_the_picture_is_that_of_diffusers_with_merged_weights(
         extra_lora_scale=-0.4,
     )
     with Merged(oracle[model], (style, 0.7), (subject, -0.4)) as pipeline:
-        expected = diffusers_picture(
-            pipeline,
-            model=model,
-            seed=5,
-            prompt=small["prompt"],
-            width=256,
-            height=320,
-            num_inference_steps=3,
-            guidance_scale=3.0,
-        )
+        expected = small_picture(pipeline, model, small)
     assert distance(ours, plain) > 5
     assert distance(ours, expected) < 0.1
     assert same(server.pictures(**request)[0], plain)

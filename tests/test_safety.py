@@ -23,9 +23,8 @@ from transformers import CLIPImageProcessor, pipeline
 from safety import CONCEPTS_REPO, GREY, VIT_REPO, SafetyError, Screener, load_screener
 from settings import SettingsError, read_settings
 from tests.checkers import VIT_PREPROCESSOR, write_concepts, write_vit
-from tests.conftest import Server, data_url, decode_picture
+from tests.conftest import Server, data_url, decode_picture, failure, same
 from tests.hub import Hub, serve
-from tests.test_server import failure, same
 from tools.server import CogServer, ServerError, cog_server
 
 CPU = torch.device("cpu")

@@ -1,7 +1,6 @@
 """What a user does, over HTTP, through Cog's real server: predict.py on tiny random checkpoints."""
 
 import functools
-import json
 import re
 import tempfile
 import threading
@@ -11,7 +10,6 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import requests
 import torch
@@ -19,8 +17,8 @@ from PIL import Image
 
 from device import compute_dtype
 from images import MOST_INPUT_PIXELS
-from tests.conftest import Server, data_url, decode_picture, raw_data_url
-from tests.oracle import diffusers_picture, load_oracle
+from tests.conftest import Server, data_url, decode_picture, failure, raw_data_url, same
+from tests.oracle import diffusers_picture, load_oracle, small_picture
 from tools.server import ServerError, cog_server
 
 PRECISION = "bf16" if compute_dtype(torch.device("cpu")) == torch.bfloat16 else "fp32"
@@ -48,34 +46,11 @@ def oracle(checkpoints: dict[str, Path]) -> dict[str, Any]:
     return load_oracle(checkpoints)
 
 
-def same(a: Image.Image, b: Image.Image) -> bool:
-    return np.array_equal(np.asarray(a.convert("RGB")), np.asarray(b.convert("RGB")))
-
-
-def failure(answer: dict[str, Any]) -> str:
-    """The sentence of a failed prediction, without what coglet puts before it."""
-    assert answer["status"] == "failed", answer
-    assert "Traceback" not in json.dumps(answer)
-    sentence = re.sub(r"^(Prediction failed: )+\w+Error: ", "", answer["error"])
-    assert sentence.endswith(".")
-    assert "\n" not in sentence
-    return sentence
-
-
 @pytest.mark.parametrize("model", ["dev", "schnell"])
 def test_text_to_image_is_the_picture_of_diffusers(
     server: Server, oracle: dict[str, Any], small: dict[str, Any], model: str
 ) -> None:
-    expected = diffusers_picture(
-        oracle[model],
-        model=model,
-        seed=5,
-        prompt=small["prompt"],
-        width=256,
-        height=320,
-        num_inference_steps=3,
-        guidance_scale=3.0,
-    )
+    expected = small_picture(oracle[model], model, small)
     assert same(server.pictures(**small, model=model)[0], expected)
 
 
