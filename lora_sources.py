@@ -100,6 +100,20 @@ def in_use(lora: FetchedLora) -> Iterator[Path]:
         yield path
 
 
+# Threads are started by a thread that nobody cancels. CPython 3.11 knows a new thread by its starter's number until it
+# runs: Cog's cancelling, aimed at the request's thread, could end one that it is just starting, and wait for that for
+# ever.
+_WORK: SimpleQueue[Callable[[], None]] = SimpleQueue()
+
+
+def _start_threads() -> None:
+    while True:
+        Thread(target=_WORK.get(), name="lora", daemon=True).start()
+
+
+Thread(target=_start_threads, name="lora starter", daemon=True).start()
+
+
 def _interruptible(work: Callable[[Stop], T], label: str, pace: Pace) -> T:
     """What `work` returns on a thread of its own, which is told to stop when this one is interrupted or time is up."""
     stop = Stop()
@@ -113,7 +127,7 @@ def _interruptible(work: Callable[[Stop], T], label: str, pace: Pace) -> T:
 
     deadline = time.monotonic() + pace.total
     try:
-        Thread(target=run, name="lora", daemon=True).start()
+        _WORK.put(run)
         while True:
             try:
                 result, error = done.get(timeout=POLL_SECONDS)
