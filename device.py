@@ -30,10 +30,15 @@ def choose_device(name: str | None) -> torch.device:
 
 def compute_dtype(device: torch.device) -> torch.dtype:
     """bfloat16, or float32 on a CPU without bfloat16 instructions, where its products are hundreds of times slower."""
-    if device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if multiplies_bf16(device):
         return torch.bfloat16
     log.warning("this CPU has no bfloat16 instructions: the models run in float32")
     return torch.float32
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether matrices in bfloat16 are multiplied by instructions made for it: on GPUs, and on CPUs that have some."""
+    return device.type == "cuda" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def memory_of(device: torch.device) -> Memory | None:

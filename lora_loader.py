@@ -17,6 +17,7 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
+from device import multiplies_bf16
 from flux_models import Flux
 from lora_formats import LoraUpdates, read_lora
 from lora_names import CLIP, T5, TRANSFORMER
@@ -31,6 +32,7 @@ log = logging.getLogger("flux-lora")
 TEXT_ENCODERS = (CLIP, T5)
 COMPONENTS = (TRANSFORMER, *TEXT_ENCODERS)  # what a LoRA may change
 CHUNK = 3 * 2**18  # float32 numbers that a CPU merges at a time: few enough to stay in its cache
+BF16_HOLDS = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)  # whose numbers are all bf16 numbers
 
 Origin: TypeAlias = Literal["download", "disk", "memory"]
 ORIGINS = get_args(Origin)  # the slowest first
@@ -107,7 +109,8 @@ class LiveWeights:
 def write_weight(module: nn.Module, name: str, pristine: Base, updates: Sequence[tuple[float, Update]]) -> None:
     """Write pristine + sum of strength * difference into the module's parameter `name`, in place.
 
-    Low-rank updates are one matrix product for all of them, a chunk of rows at a time; the others are computed whole.
+    Low-rank updates are one matrix product for all of them. Where everything is bf16, it adds and rounds too;
+    otherwise a chunk of rows at a time is summed in float32. Other updates are computed whole.
     """
     owner = module.get_submodule(name.rpartition(".")[0])
     live = getattr(owner, name.rpartition(".")[2])
@@ -122,6 +125,12 @@ def write_weight(module: nn.Module, name: str, pristine: Base, updates: Sequence
     updates = [(strength, update.to(live.device)) for strength, update in updates]
     low_rank = [(strength, update) for strength, update in updates if isinstance(update, LowRank)]
     others = [(strength, update.difference(base)) for strength, update in updates if not isinstance(update, LowRank)]
+    narrow = all(tensor.dtype in BF16_HOLDS for _, update in low_rank for tensor in update.tensors())
+    if not others and narrow and weight.dtype == live.dtype == torch.bfloat16 and multiplies_bf16(live.device):
+        scale, up, down = _bf16_factors(low_rank)
+        # its sums are float32, this one too: bf16 is only what it reads and what it rounds to in the end
+        torch.addmm(weight.to(live.device), up, down, alpha=scale, out=live)
+        return
     if low_rank:
         up = torch.cat([(strength * update.scale) * update.up.float() for strength, update in low_rank], dim=1)
         down = torch.cat([update.down.float() for _, update in low_rank])
@@ -134,6 +143,31 @@ def write_weight(module: nn.Module, name: str, pristine: Base, updates: Sequence
         if low_rank:
             total.addmm_(up[chunk], down)
         _write_rows(owner, live, start, total)
+
+
+def _bf16_factors(updates: Sequence[tuple[float, LowRank]]) -> tuple[float, Tensor, Tensor]:
+    """A scale and two bf16 matrices whose product is the sum of strength * difference, for factors that fit in bf16.
+
+    The largest scale is taken out, so that factors with that scale go in as they are. Others, times their share of it,
+    are float32 numbers: sums of bf16 ones, each with a rank of its own.
+    """
+    scales = [strength * update.scale for strength, update in updates]
+    largest = max(scales, key=abs) or 1.0
+    ups, downs = [], []
+    for scale, (_, update) in zip(scales, updates, strict=True):
+        terms = _bf16_terms(update.up.float() * (scale / largest))
+        ups += terms
+        downs += [update.down.to(torch.bfloat16)] * len(terms)
+    return largest, torch.cat(ups, dim=1), torch.cat(downs)
+
+
+def _bf16_terms(factor: Tensor) -> list[Tensor]:
+    """Bf16 matrices, as few as it takes, whose sum is the float32 one: three times 8 bits are its 24."""
+    terms: list[Tensor] = []
+    while len(terms) < 3 and (not terms or factor.any()):
+        terms.append(factor.to(torch.bfloat16))
+        factor = factor - terms[-1]
+    return terms
 
 
 def _write_rows(owner: nn.Module, live: Tensor, start: int, rows: Tensor) -> None:

@@ -202,3 +202,30 @@ def test_merged_weights_are_the_float64_sum_rounded(monkeypatch: pytest.MonkeyPa
         assert apart.max() <= 1
         equal, count = equal + int((apart == 0).sum()), count + apart.numel()
     assert equal / count > 0.999
+
+
+@pytest.mark.parametrize("strengths", [(0.7, 0.7), (0.7, -0.4)])
+@pytest.mark.parametrize("has_instructions", [True, False])
+def test_bf16_factors_merge_as_precisely_in_one_product(
+    monkeypatch: pytest.MonkeyPatch, strengths: tuple[float, float], has_instructions: bool
+) -> None:
+    """With bf16 instructions and without, at one strength and at two, large differences too."""
+    monkeypatch.setattr(lora_loader, "multiplies_bf16", lambda _: has_instructions)
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator) * 0.1
+
+    weight = random(192, 256).to(torch.bfloat16)
+    layer = nn.Sequential(nn.Linear(256, 192, bias=False, dtype=torch.bfloat16))
+    updates = [
+        LowRank(random(192, 3).to(torch.bfloat16), random(3, 256).to(torch.bfloat16), 0.3),
+        LowRank(random(192, 5).to(torch.float8_e4m3fn), random(5, 256).to(torch.bfloat16), 0.3),
+    ]
+    weighted = list(zip(strengths, updates, strict=True))
+    with torch.no_grad():
+        write_weight(layer, "0.weight", lambda _: weight, weighted)
+    exact = weight.double() + sum(s * exact_difference(update, weight.double()) for s, update in weighted)
+    apart = units_apart(layer[0].weight.detach(), exact.to(torch.bfloat16))
+    assert apart.max() <= 1
+    assert (apart == 0).double().mean() > 0.999
