@@ -32,7 +32,6 @@ log = logging.getLogger("flux-lora")
 TEXT_ENCODERS = (CLIP, T5)
 COMPONENTS = (TRANSFORMER, *TEXT_ENCODERS)  # what a LoRA may change
 CHUNK = 3 * 2**18  # float32 numbers that a CPU merges at a time: few enough to stay in its cache
-BF16_HOLDS = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)  # whose numbers are all bf16 numbers
 
 Origin: TypeAlias = Literal["download", "disk", "memory"]
 ORIGINS = get_args(Origin)  # the slowest first
@@ -125,8 +124,7 @@ def write_weight(module: nn.Module, name: str, pristine: Base, updates: Sequence
     updates = [(strength, update.to(live.device)) for strength, update in updates]
     low_rank = [(strength, update) for strength, update in updates if isinstance(update, LowRank)]
     others = [(strength, update.difference(base)) for strength, update in updates if not isinstance(update, LowRank)]
-    narrow = all(tensor.dtype in BF16_HOLDS for _, update in low_rank for tensor in update.tensors())
-    if not others and narrow and weight.dtype == live.dtype == torch.bfloat16 and multiplies_bf16(live.device):
+    if not others and weight.dtype == live.dtype == torch.bfloat16 and multiplies_bf16(live.device):
         scale, up, down = _bf16_factors(low_rank)
         # its sums are float32, this one too: bf16 is only what it reads and what it rounds to in the end
         torch.addmm(weight.to(live.device), up, down, alpha=scale, out=live)
@@ -146,18 +144,20 @@ def write_weight(module: nn.Module, name: str, pristine: Base, updates: Sequence
 
 
 def _bf16_factors(updates: Sequence[tuple[float, LowRank]]) -> tuple[float, Tensor, Tensor]:
-    """A scale and two bf16 matrices whose product is the sum of strength * difference, for factors that fit in bf16.
+    """A scale and two bf16 matrices whose product is the sum of strength * difference, as precise as in float32.
 
-    The largest scale is taken out, so that factors with that scale go in as they are. Others, times their share of it,
-    are float32 numbers: sums of bf16 ones, each with a rank of its own.
+    The largest scale is taken out, so that bf16 factors with that scale go in as they are. Others are sums of bf16
+    matrices, and their product that of all pairs but those below float32's precision.
     """
     scales = [strength * update.scale for strength, update in updates]
     largest = max(scales, key=abs) or 1.0
     ups, downs = [], []
     for scale, (_, update) in zip(scales, updates, strict=True):
-        terms = _bf16_terms(update.up.float() * (scale / largest))
-        ups += terms
-        downs += [update.down.to(torch.bfloat16)] * len(terms)
+        terms = _bf16_terms(update.down.float())
+        for i, up in enumerate(_bf16_terms(update.up.float() * (scale / largest))):
+            for down in terms[: 3 - i]:
+                ups.append(up)
+                downs.append(down)
     return largest, torch.cat(ups, dim=1), torch.cat(downs)
 
 

@@ -206,7 +206,7 @@ def test_merged_weights_are_the_float64_sum_rounded(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("strengths", [(0.7, 0.7), (0.7, -0.4)])
 @pytest.mark.parametrize("has_instructions", [True, False])
-def test_bf16_factors_merge_as_precisely_in_one_product(
+def test_one_bf16_product_merges_as_precisely_as_float32(
     monkeypatch: pytest.MonkeyPatch, strengths: tuple[float, float], has_instructions: bool
 ) -> None:
     """With bf16 instructions and without, at one strength and at two, large differences too."""
