@@ -112,7 +112,7 @@ def swap_times(ranks: Sequence[int]) -> None:
                 checked = (
                     f"\nTwo LoRAs of rank 16 merged, beside float64 rounded to bf16: {equal:.4%} of the weights are the"
                     f" same bits (goal {GOAL_EQUAL:.1%}), {near:.6%} are so or the next number. The largest difference"
-                    f" is {worst:.1e}; where a sum is almost nothing, float32 has no better."
+                    f" is {worst:.1e}."
                 )
             rows.append(
                 [
