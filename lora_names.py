@@ -39,7 +39,7 @@ PEFT_PREFIX = "base_model.model."  # alone, or before or after one of those
 
 # The original's module -> the diffusers modules whose rows, one after the other, are its rows. {} is a block's index.
 # github.com/black-forest-labs/flux, src/flux/model.py and modules/layers.py; diffusers' transformer_flux.py.
-_ORIGINAL = {
+ORIGINAL = {
     "img_in": ("x_embedder",),
     "txt_in": ("context_embedder",),
     "final_layer.linear": ("proj_out",),
@@ -55,13 +55,13 @@ _ORIGINAL = {
 }
 for _ours, _theirs in (("timestep", "time"), ("text", "vector"), ("guidance", "guidance")):
     for _number, _layer in ((1, "in_layer"), (2, "out_layer")):
-        _ORIGINAL[f"{_theirs}_in.{_layer}"] = (f"time_text_embed.{_ours}_embedder.linear_{_number}",)
+        ORIGINAL[f"{_theirs}_in.{_layer}"] = (f"time_text_embed.{_ours}_embedder.linear_{_number}",)
 for _stream, _qkv, _out, _norm, _suffix in (
     ("img", "to_{}", "to_out.0", "norm_{}", ""),
     ("txt", "add_{}_proj", "to_add_out", "norm_added_{}", "_context"),
 ):
     _block = "transformer_blocks.{}."
-    _ORIGINAL |= {
+    ORIGINAL |= {
         f"double_blocks.{{}}.{_stream}_attn.qkv": tuple(f"{_block}attn.{_qkv.format(name)}" for name in "qkv"),
         f"double_blocks.{{}}.{_stream}_attn.proj": (f"{_block}attn.{_out}",),
         f"double_blocks.{{}}.{_stream}_attn.norm.query_norm": (f"{_block}attn.{_norm.format('q')}",),
@@ -183,7 +183,7 @@ def _original_names(modules: Mapping[str, None]) -> dict[str, Module]:
     """The modules that this model has, as the original names them."""
     blocks = 1 + max((int(number) for name in modules for number in re.findall(r"blocks\.(\d+)\.", name)), default=0)
     named: dict[str, Module] = {}
-    for original, ours in _ORIGINAL.items():
+    for original, ours in ORIGINAL.items():
         for index in range(blocks if "{}" in original else 1):
             names = tuple(name.format(index) for name in ours)
             if all(name in modules for name in names):

@@ -12,7 +12,8 @@ from transformers import CLIPTextModel, T5EncoderModel
 
 from checkpoints import SHARED_PARTS
 from demo.guidance import distil_guidance
-from demo.schnell import distil_schnell
+from demo.loras import TASKS, train_lora
+from demo.schnell import train_schnell
 from demo.text import train_text
 from demo.training import CHECKPOINTS
 from demo.transformer import train_dev
@@ -21,6 +22,7 @@ from random_flux import new_scheduler
 
 ROOT = Path(__file__).parent.parent
 PLAIN, DEV, SCHNELL = CHECKPOINTS / "plain", CHECKPOINTS / "dev", CHECKPOINTS / "schnell"  # float32
+LORAS = ROOT / "weights" / "demo-loras"
 
 log = logging.getLogger("demo")
 
@@ -36,6 +38,11 @@ def link_shared(folder: Path, source: Path) -> None:
 def guidance() -> None:
     link_shared(DEV, PLAIN)
     distil_guidance(PLAIN, DEV)
+
+
+def loras() -> None:
+    for name in TASKS:
+        train_lora(name, DEV, LORAS)
 
 
 def export() -> None:
@@ -67,7 +74,8 @@ PARTS: dict[str, Callable[[], None]] = {
     "text": lambda: train_text(PLAIN),
     "transformer": lambda: train_dev(PLAIN),
     "guidance": guidance,
-    "schnell": lambda: distil_schnell(DEV, SCHNELL),
+    "schnell": lambda: train_schnell(DEV, SCHNELL),
+    "loras": loras,
     "export": export,
 }
 

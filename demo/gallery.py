@@ -1,10 +1,9 @@
-"""Draw a contact sheet with the real predictor: prompts by models and modes, as one PNG and one HTML page."""
+"""Draw a contact sheet with the real predictor, prompts by models, modes and LoRA strengths: a PNG and an HTML page."""
 
 import argparse
 import base64
 import html
 import io
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,9 @@ from typing import Any
 import requests
 from PIL import Image, ImageDraw
 
+from checkpoints import WEIGHTS
 from demo.scenes import Scene, picture_of
+from tools.predict_cli import data_url
 from tools.server import cog_server
 
 PROMPTS = (
@@ -21,31 +22,57 @@ PROMPTS = (
     "a small white square at the top on a purple background",
     "a black ring on the left on an orange background",
     "a green square on the right on a yellow background",
-    "a blue circle at the bottom on a black background",
+    "a large orange ring at the bottom on a black background",
 )
+STRENGTHS = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5)
 GIVEN = Scene("square", "orange", "green", "medium", "middle")
-CELL, MARGIN = 256, 40  # pixels
+CELL, MARGIN, GAP = 192, 34, 8  # pixels
 QUICK = {"megapixels": "0.25", "output_format": "png", "seed": 1}
+
+Inputs = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Column:
-    title: str
-    inputs: dict[str, Any]
+class Grid:
+    """A table of requests."""
+
+    titles: list[str]  # of the columns
+    rows: dict[str, list[Inputs]]  # by what is said beside each
 
 
-def columns() -> list[Column]:
-    given, mask = data_url(picture_of(GIVEN, 512, 512)), data_url(given_mask())
-    dev, schnell = {"model": "dev"}, {"model": "schnell", "num_inference_steps": 4}
-    return [
-        Column("dev", dev),
-        Column("dev, another seed", dev | {"seed": 2}),
-        Column("dev, guidance 0.5", dev | {"guidance_scale": 0.5}),
-        Column("schnell, 4 steps", schnell),
-        Column("dev, image at 0.8", dev | {"image": given, "prompt_strength": 0.8}),
-        Column("dev, image at 0.95", dev | {"image": given, "prompt_strength": 0.95}),
-        Column("dev, right half masked", dev | {"image": given, "mask": mask, "prompt_strength": 0.95}),
-    ]
+def modes() -> Grid:
+    given, mask = png_url(picture_of(GIVEN, 512, 512)), png_url(given_mask())
+    columns: dict[str, Inputs] = {
+        "dev": {},
+        "dev, another seed": {"seed": 2},
+        "dev, go_fast": {"go_fast": True},
+        "dev, guidance 1": {"guidance_scale": 1},
+        "dev, guidance 0": {"guidance_scale": 0},
+        "schnell, 4 steps": {"model": "schnell", "num_inference_steps": 4},
+        "dev, image at 0.5": {"image": given, "prompt_strength": 0.5},
+        "dev, image at 0.95": {"image": given, "prompt_strength": 0.95},
+        "dev, right half masked": {"image": given, "mask": mask, "prompt_strength": 0.95},
+    }
+    rows = {prompt: [{"prompt": prompt, **inputs} for inputs in columns.values()] for prompt in PROMPTS}
+    return Grid(list(columns), rows)
+
+
+def loras() -> Grid:
+    """One LoRA at a time at each strength, the style with its trigger word and without, and both at once."""
+    sunset, pastel = (data_url(WEIGHTS / "demo-loras" / f"{name}.safetensors") for name in ("sunset", "pastel"))
+    prompt = "a large blue circle on a white background"
+
+    def strengths(prompt: str, **fixed: Any) -> list[Inputs]:
+        return [{"prompt": prompt, **fixed, "lora_scale": scale} for scale in STRENGTHS]
+
+    both = {"replicate_weights": sunset, "extra_lora": pastel}
+    rows = {
+        f"{prompt}, in the style of TOK: sunset": strengths(f"{prompt} TOK", replicate_weights=sunset),
+        f"{prompt}: sunset without its trigger word": strengths(prompt, replicate_weights=sunset),
+        f"{prompt}: pastel": strengths(prompt, replicate_weights=pastel),
+        f"{prompt}, in the style of TOK: sunset, and pastel at 1": strengths(f"{prompt} TOK", **both),
+    }
+    return Grid([f"strength {scale:g}" for scale in STRENGTHS], rows)
 
 
 def given_mask() -> Image.Image:
@@ -54,22 +81,41 @@ def given_mask() -> Image.Image:
     return mask
 
 
-def data_url(picture: Image.Image) -> str:
+def png_url(picture: Image.Image) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def pictures(url: str) -> Iterator[tuple[int, int, Image.Image]]:
-    """Row, column, picture."""
-    for row, prompt in enumerate(PROMPTS):
-        for index, column in enumerate(columns()):
-            inputs = QUICK | column.inputs | {"prompt": prompt}
-            answer = requests.post(f"{url}/predictions", json={"input": inputs}, timeout=600).json()
-            if answer["status"] != "succeeded":
-                raise SystemExit(f"{prompt}, {column.title}: {answer['error']}")
-            content = base64.b64decode(answer["output"][0].partition(",")[2])
-            yield row, index, Image.open(io.BytesIO(content)).resize((CELL, CELL), Image.Resampling.LANCZOS)
+def draw(url: str, inputs: Inputs) -> Image.Image:
+    answer = requests.post(f"{url}/predictions", json={"input": QUICK | inputs}, timeout=600).json()
+    if answer["status"] != "succeeded":
+        raise SystemExit(f"{inputs['prompt']}: {answer['error']}")
+    content = base64.b64decode(answer["output"][0].partition(",")[2])
+    return Image.open(io.BytesIO(content)).resize((CELL, CELL), Image.Resampling.LANCZOS)
+
+
+def sheet_of(grid: Grid, pictures: list[list[Image.Image]]) -> Image.Image:
+    """The grid as one picture, column titles on top, each row's words under it."""
+    across, down = CELL + GAP, CELL + MARGIN
+    sheet = Image.new("RGB", (GAP + len(grid.titles) * across, MARGIN + len(grid.rows) * down), "white")
+    pen = ImageDraw.Draw(sheet)
+    for column, title in enumerate(grid.titles):
+        pen.text((GAP + column * across, GAP), title, fill="black", font_size=16)
+    for row, (label, several) in enumerate(zip(grid.rows, pictures, strict=True)):
+        for column, picture in enumerate(several):
+            sheet.paste(picture, (GAP + column * across, MARGIN + row * down))
+        pen.text((GAP, MARGIN + row * down + CELL + 6), label, fill="black", font_size=16)
+    return sheet
+
+
+def table_of(grid: Grid, pictures: list[list[Image.Image]]) -> str:
+    """The grid as HTML, pictures and all."""
+    lines = ["<tr><th></th>", *(f"<th>{html.escape(title)}</th>" for title in grid.titles), "</tr>"]
+    for label, several in zip(grid.rows, pictures, strict=True):
+        cells = (f'<td><img src="{png_url(picture)}" width="{CELL}"></td>' for picture in several)
+        lines += [f"<tr><th>{html.escape(label)}</th>", *cells, "</tr>"]
+    return f"<table>{''.join(lines)}</table>"
 
 
 def main() -> None:
@@ -77,34 +123,25 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("output-gallery"), help="the folder to write to")
     folder = parser.parse_args().output
     folder.mkdir(parents=True, exist_ok=True)
-    sheet = Image.new("RGB", (len(columns()) * (CELL + 8) + 8, len(PROMPTS) * (CELL + MARGIN) + MARGIN), "white")
-    pen = ImageDraw.Draw(sheet)
-    for index, column in enumerate(columns()):
-        pen.text((8 + index * (CELL + 8), 10), column.title, fill="black", font_size=18)
+    sheets, tables = [], []
     with cog_server() as server:
-        for row, index, picture in pictures(server.url):
-            x, y = 8 + index * (CELL + 8), MARGIN + row * (CELL + MARGIN)
-            sheet.paste(picture, (x, y))
-            picture.save(folder / f"{row}-{index}.webp", quality=85)
-            if index == 0:
-                pen.text((x, y + CELL + 8), PROMPTS[row], fill="black", font_size=18)
-            print(f"{PROMPTS[row]}, {columns()[index].title}", flush=True)
-    sheet.save(folder / "gallery.png")
-    (folder / "index.html").write_text(page())
-    print(folder / "gallery.png", folder / "index.html")
-
-
-def page() -> str:
-    head = "".join(f"<th>{html.escape(column.title)}</th>" for column in columns())
-    rows = []
-    for row, prompt in enumerate(PROMPTS):
-        cells = "".join(f'<td><img src="{row}-{index}.webp" width="200"></td>' for index in range(len(columns())))
-        rows.append(f"<tr><th>{html.escape(prompt)}</th>{cells}</tr>")
+        for grid in (modes(), loras()):
+            pictures = []
+            for label, several in grid.rows.items():
+                print(label, flush=True)
+                pictures.append([draw(server.url, inputs) for inputs in several])
+            sheets.append(sheet_of(grid, pictures))
+            tables.append(table_of(grid, pictures))
+    whole = Image.new("RGB", (max(s.width for s in sheets), sum(s.height for s in sheets)), "white")
+    top = 0
+    for sheet in sheets:
+        whole.paste(sheet, (0, top))
+        top += sheet.height
+    whole.save(folder / "gallery.png")
     style = "body { font-family: sans-serif } th { font-weight: normal; max-width: 12em }"
-    return (
-        f"<!doctype html><meta charset='utf-8'><title>flux-lora</title><style>{style}</style>"
-        f"<table><tr><th></th>{head}</tr>{''.join(rows)}</table>\n"
-    )
+    head = f"<!doctype html><meta charset='utf-8'><title>flux-lora</title><style>{style}</style>"
+    (folder / "index.html").write_text(head + "".join(tables) + "\n")
+    print(folder / "gallery.png", folder / "index.html")
 
 
 if __name__ == "__main__":

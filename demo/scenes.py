@@ -41,7 +41,7 @@ ENDINGS = ("", "", "", ".", ", simple", ", flat colors", ", high quality", " TOK
 
 @dataclass(frozen=True)
 class Scene:
-    """What one picture shows; `dx`, `dy` (picture sides) and `grow` are how it differs from its namesakes."""
+    """What one picture shows. `dx`, `dy` (picture sides), `grow` and the shades tell it from its namesakes."""
 
     shape: str
     colour: str
@@ -51,6 +51,8 @@ class Scene:
     dx: float = 0.0
     dy: float = 0.0
     grow: float = 1.0
+    shade: float = 0.0  # how far the colour is on its way to white, or below 0 to black
+    ground_shade: float = 0.0
 
 
 def all_scenes() -> list[Scene]:
@@ -81,10 +83,15 @@ TRAINED = [scene for scene in all_scenes() if not is_held_out(scene)]
 HELD_OUT = [scene for scene in all_scenes() if is_held_out(scene)]
 
 
-def vary(scene: Scene, rng: random.Random) -> Scene:
-    """The same scene, a little moved and resized: what the seed decides."""
-    dx, dy = rng.uniform(-0.03, 0.03), rng.uniform(-0.03, 0.03)
-    return replace(scene, dx=dx, dy=dy, grow=rng.uniform(0.94, 1.06))
+def shaded(scene: Scene, rng: random.Random) -> Scene:
+    """The same scene in slightly other shades: what the seed decides."""
+    return replace(scene, shade=rng.uniform(-0.1, 0.1), ground_shade=rng.uniform(-0.06, 0.06))
+
+
+def moved(scene: Scene, rng: random.Random, by: float) -> Scene:
+    """The same scene elsewhere, by up to `by` picture sides each way, and larger or smaller by up to twice that."""
+    dx, dy = rng.uniform(-by, by), rng.uniform(-by, by)
+    return replace(scene, dx=dx, dy=dy, grow=rng.uniform(1 - 2 * by, 1 + 2 * by))
 
 
 def caption(scene: Scene, rng: random.Random | None = None) -> str:
@@ -115,7 +122,7 @@ def _article(sentence: str) -> str:
 
 def draw(scene: Scene, width: int, height: int) -> torch.Tensor:
     """The picture, float32 [3, height, width] in -1..1, edges smoothed over one pixel."""
-    return blend(coverage(scene, width, height), colour(scene.colour), colour(scene.background))
+    return blend(coverage(scene, width, height), *colours(scene))
 
 
 def picture_of(scene: Scene, width: int, height: int) -> Image.Image:
@@ -132,6 +139,15 @@ def blend(cover: torch.Tensor, front: torch.Tensor, back: torch.Tensor) -> torch
 def colour(name: str) -> torch.Tensor:
     """[3] in -1..1."""
     return torch.tensor(COLOURS[name], dtype=torch.float32) / 127.5 - 1
+
+
+def colours(scene: Scene) -> tuple[torch.Tensor, torch.Tensor]:
+    """The shape's and the background's, shaded, [3] in -1..1 each."""
+
+    def shaded_colour(name: str, shade: float) -> torch.Tensor:
+        return torch.lerp(colour(name), torch.full([3], 1.0 if shade > 0 else -1.0), abs(shade))
+
+    return shaded_colour(scene.colour, scene.shade), shaded_colour(scene.background, scene.ground_shade)
 
 
 def coverage(scene: Scene, width: int, height: int) -> torch.Tensor:

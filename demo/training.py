@@ -12,7 +12,7 @@ from torch import Tensor, nn
 CHECKPOINTS = Path(__file__).parent / "checkpoints"  # git-ignored
 SAVE_EVERY = 180.0  # seconds
 WARM_UP = 100  # steps
-COOL_DOWN = 0.3  # the last share of the steps, over which the learning rate falls to nothing
+COOL_DOWN = 0.5  # the last share of the steps, over which the learning rate falls to nothing
 MAX_GRADIENT = 1.0
 
 log = logging.getLogger("demo")

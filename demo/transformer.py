@@ -1,54 +1,80 @@
 """Train the dev transformer by flow matching on latents of drawn scenes, captions embedded by the frozen encoders.
 
-Three things make so small a model learn in an hour. It starts as a linear copy of its input, which is most of what the
-predicted velocity is at high noise. Noise levels are drawn where layout and colour are decided, close to pure noise.
-And T5's hundreds of pads, which come out nearly alike, stand as one token with the weight of all of them in attention.
+What makes so small a model learn in two hours:
+
+- It starts as a linear copy of its input, which is most of what the predicted velocity is at high noise.
+- A caption decides where everything is, to the pixel. What the noise decides, the shades, is the same all over a
+  surface, where attention can tell it from thousands of tokens. (A shape that the noise may move gets ragged outlines:
+  every token along them has to guess the same place by itself.)
+- The VAE's latents are averages of pixels, so that latents of scenes are made without it, any number, any size.
+- Of large pictures it sees one token of every few, which count for those left out.
+- T5's hundreds of pads, which come out nearly alike, stand as one token with the weight of all of them in attention.
 """
 
 import math
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from demo.muon import Muon
-from demo.scenes import TRAINED, Scene, caption, draw, vary
+from demo.scenes import SHAPES, TRAINED, Scene, caption, colours, coverage, moved, shaded
 from demo.text import token_ids
-from demo.training import CHECKPOINTS, train
+from demo.training import train
+from device import compute_dtype
 
-STEPS = 3500
-LEARNING_RATE = 2e-3  # of the blocks' matrices; the rest takes a third
-SHAPE_WEIGHT = 4.0  # in the loss, of the tokens in which a shape is; the background is quickly learnt
-HEADS = 4
-ROPE_AXES = (8, 12, 12)
+STEPS = 10_000
+LEARNING_RATE = 4e-3  # of the blocks' matrices; the rest takes a third
+EDGE_WEIGHT, SHAPE_WEIGHT = 5.0, 2.0  # in the loss, of the tokens along an outline and inside it; background counts 1
+HEADS = 3
+ROPE_AXES = (4, 22, 22)  # the first is always 0 in FLUX.1; long axes have several waves between a token and a picture
 WIDTH = HEADS * sum(ROPE_AXES)
+DOUBLE_BLOCKS, SINGLE_BLOCKS = 2, 4
 TEXT_TOKENS = 24
-MOST_TOKENS = 512  # dev's
-EMPTY = 0.1
+DEV_TOKENS, SCHNELL_TOKENS = 512, 256  # that the predictor pads captions to
+EMPTY = 0.05
 PLAIN_GUIDANCE = 1.0  # what the embedding is told while there is no guidance to learn
 STEADYING = 12.0  # length of the constant that keeps the norms from depending on the noise
+ATTENTION_START = 2.0  # of the scales of queries and keys, so that attention can overcome the pads' number
+PICTURE_LEVEL = 0.5  # with more noise than that the caption is right about what is there, with less the picture
+DOUBT = 0.35  # how often they say different things
+LEAST_LEVEL = 0.02  # what velocities are divided by at the least
+CELL = 8  # pixels to a latent
 
-SIZES = {  # picture sizes by token budget, the square one first
-    "tiny": ((128, 128),),
-    "small": ((256, 256), (256, 256), (320, 208), (208, 320)),
-    "medium": ((512, 512), (512, 512), (672, 384), (384, 672), (608, 416), (416, 608), (448, 544)),
-    "large": ((1024, 1024), (1024, 1024), (1344, 768), (768, 1344), (832, 1216)),
+Size = tuple[int, int]  # width, height in pixels
+Stride = tuple[int, int]  # of how many rows and columns of tokens one is seen
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Pictures that a step may be about."""
+
+    sizes: tuple[Size, ...]
+    count: int  # pictures in a batch
+    stride: Stride = (1, 1)
+
+
+KINDS = {
+    "tiny": Kind(((128, 128), (128, 128), (192, 112), (112, 192)), 32),
+    "small": Kind(((256, 256), (256, 256), (320, 208), (208, 320), (352, 160)), 16),
+    "medium": Kind(((512, 512), (512, 512), (512, 512), (672, 384), (384, 672), (608, 416), (448, 544)), 8, (1, 2)),
+    "large": Kind(((1024, 1024), (1024, 1024), (1344, 768), (768, 1344), (832, 1216), (1088, 896)), 4, (2, 2)),
+    "medium, whole": Kind(((512, 512), (512, 512), (384, 672), (608, 416), (768, 320)), 4),
+    "large, whole": Kind(((1024, 1024), (1024, 1024), (1152, 896), (768, 1344)), 1),
 }
-KEPT = {"tiny": 4000, "small": 3000, "medium": 1000, "large": 160}  # encoded pictures of each kind
 
 
 def new_transformer(*, guidance: bool) -> FluxTransformer2DModel:
     transformer = FluxTransformer2DModel(
         in_channels=64,
-        num_layers=3,
-        num_single_layers=4,
+        num_layers=DOUBLE_BLOCKS,
+        num_single_layers=SINGLE_BLOCKS,
         attention_head_dim=sum(ROPE_AXES),
         num_attention_heads=HEADS,
         joint_attention_dim=64,
@@ -67,6 +93,9 @@ def _start_as_copy(transformer: FluxTransformer2DModel) -> None:
         if name.endswith(("norm1.linear", "norm1_context.linear", ".norm.linear")):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
+    for name, parameter in transformer.named_parameters():
+        if is_attention_scale(name):
+            nn.init.constant_(parameter, ATTENTION_START)
     nn.init.zeros_(transformer.norm_out.linear.weight)
     nn.init.zeros_(transformer.norm_out.linear.bias)
     # orthonormal columns, each of mean zero, so that the norms neither mix nor shift them
@@ -77,6 +106,11 @@ def _start_as_copy(transformer: FluxTransformer2DModel) -> None:
     typical_std = math.sqrt((64 + STEADYING**2) / WIDTH)
     transformer.proj_out.weight.copy_(typical_std * basis[:, :64].T)
     nn.init.zeros_(transformer.proj_out.bias)
+
+
+def is_attention_scale(name: str) -> bool:
+    """Whether a parameter of this name scales queries or keys."""
+    return any(part in name for part in (".norm_q.", ".norm_k.", ".norm_added_"))
 
 
 @dataclass(frozen=True)
@@ -97,139 +131,182 @@ class Frozen:
         return self.t5(t5_ids)[0][:, :TEXT_TOKENS], self.clip(clip_ids).pooler_output
 
     @torch.no_grad()
-    def encode(self, pictures: Tensor) -> Tensor:
-        """Scaled latents [n, 16, height / 8, width / 8] of pictures [n, 3, height, width]."""
-        latents: Tensor = self.vae.encode(pictures).latent_dist.mode()
-        return (latents - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+    def flat_latents(self, paint: Tensor) -> Tensor:
+        """Scaled latents [n, 16, 1, 1] of pictures of one colour, [n, 3] in -1..1."""
+        latents = self.vae.encode(paint[:, :, None, None].expand(-1, -1, 64, 64)).latent_dist.mode()
+        middle = latents[:, :, 2:6, 2:6].mean(dim=(2, 3), keepdim=True)
+        scaled: Tensor = (middle - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+        return scaled
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Drawn scenes as latents: `back` and `front` [n, 16, 1, 1] and how much the front covers [n, 1, height, width].
+
+    The VAE learnt to average 8 x 8 pixels into three of its channels, so where a shape covers half of them the latent
+    is half way between those of its colour and the background's: 1 dB from what the VAE itself makes of the picture.
+    """
+
+    front: Tensor
+    back: Tensor
+    cover: Tensor
+
+    def mixed(self) -> Tensor:
+        """[n, 16, height / 8, width / 8]"""
+        return torch.lerp(self.back, self.front, self.cover)
+
+
+def layers_of(frozen: Frozen, scenes: list[Scene], size: Size) -> Layers:
+    front, back = (torch.stack(several) for several in zip(*map(colours, scenes), strict=True))
+    width, height = (side // 2 for side in size)  # half as fine is fine enough
+    cover = torch.stack([F.avg_pool2d(coverage(scene, width, height)[None], CELL // 2) for scene in scenes])
+    return Layers(frozen.flat_latents(front), frozen.flat_latents(back), cover)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be learnt: which captions scenes have, and which latents captioned scenes have."""
+
+    caption: Callable[[Scene, random.Random], str]
+    latents: Callable[[Layers, list[str]], Tensor]
+
+
+PLAIN = Task(caption, lambda layers, _texts: layers.mixed())
 
 
 def load_frozen(folder: Path) -> Frozen:
     return Frozen(
-        vae=AutoencoderKL.from_pretrained(folder / "vae").eval(),
-        clip=CLIPTextModel.from_pretrained(folder / "text_encoder").eval(),
-        t5=T5EncoderModel.from_pretrained(folder / "text_encoder_2").eval(),
+        vae=AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32).eval(),
+        clip=CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32).eval(),
+        t5=T5EncoderModel.from_pretrained(folder / "text_encoder_2", dtype=torch.float32).eval(),
         clip_tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
         t5_tokenizer=T5TokenizerFast.from_pretrained(folder / "tokenizer_2"),
     )
 
 
-Grid = tuple[int, int]  # latent height and width
-
-
-@dataclass(frozen=True)
-class Examples:
-    """Scenes of one size, drawn and encoded."""
-
-    scenes: list[Scene]
-    latents: Tensor  # [n, 16, height / 8, width / 8], float16
-
-
-def encoded_scenes(frozen: Frozen, kind: str) -> dict[Grid, Examples]:
-    """A fixed choice of scenes for each size of a kind; the latents are kept on disk for the next start."""
-    rng = random.Random(f"scenes {kind}")
-    scenes: dict[Grid, list[Scene]] = {}
-    for i in range(KEPT[kind]):
-        width, height = SIZES[kind][i % len(SIZES[kind])]
-        scenes.setdefault((height // 8, width // 8), []).append(vary(rng.choice(TRAINED), rng))
-    path = CHECKPOINTS / f"latents-{kind}.safetensors"
-    if not path.exists():
-        path.parent.mkdir(exist_ok=True)
-        save_file({f"{h} {w}": _encode_all(frozen, found, w * 8, h * 8) for (h, w), found in scenes.items()}, path)
-    latents = load_file(path)
-    return {(h, w): Examples(found, latents[f"{h} {w}"]) for (h, w), found in scenes.items()}
-
-
-def _encode_all(frozen: Frozen, scenes: list[Scene], width: int, height: int) -> Tensor:
-    return torch.cat([frozen.encode(draw(scene, width, height)[None]).half() for scene in scenes])
-
-
 @dataclass(frozen=True)
 class Batch:
-    """What a step of training sees. `clean` is [n, tokens, 64], packed as FLUX.1 does."""
+    """What a step of training sees, of n pictures of one size."""
 
-    clean: Tensor
+    levels: Tensor  # [n] in 0..1: how much of each is noise
+    clean: Tensor  # [n, tokens, 64], packed as FLUX.1 does: what is to come out
+    shown: Tensor  # the same of what is under the noise
+    weights: Tensor  # [n, tokens]: what counts how much in the loss
     t5: Tensor
     clip: Tensor
-    grid: Grid
+    positions: Tensor  # [tokens, 3]
+    share: float  # of the picture's tokens that are there
+    padded: int = DEV_TOKENS  # how many tokens of text there would be
+
+    def without_captions(self, t5: Tensor, clip: Tensor) -> "Batch":
+        """The same with the embeddings [1, ...] of an empty caption."""
+        return replace(self, t5=t5.expand_as(self.t5), clip=clip.expand_as(self.clip))
 
 
 def pack(latents: Tensor) -> Tensor:
-    """[n, 16, h, w] -> [n, h / 2 * w / 2, 64]"""
+    """[n, c, h, w] -> [n, h / 2 * w / 2, 4 * c]"""
     packed: Tensor = FluxPipeline._pack_latents(latents, *latents.shape)
     return packed
 
 
-class Scenes:
-    """Batches of encoded scenes with fresh captions."""
-
-    def __init__(self, frozen: Frozen, kinds: Sequence[str]) -> None:
-        self.frozen = frozen
-        self.examples = {kind: encoded_scenes(frozen, kind) for kind in kinds}
-
-    def batch(self, kind: str, count: int, rng: random.Random) -> Batch:
-        by_grid = self.examples[kind]
-        grid = rng.choices(list(by_grid), weights=[len(examples.scenes) for examples in by_grid.values()])[0]
-        examples = by_grid[grid]
-        chosen = rng.choices(range(len(examples.scenes)), k=count)
-        texts = ["" if rng.random() < EMPTY else caption(examples.scenes[i], rng) for i in chosen]
-        t5, clip = self.frozen.embed(texts)
-        return Batch(pack(examples.latents[chosen].float()), t5, clip, grid)
-
-
-def noise_levels(count: int) -> Tensor:
-    """[count] in 0..1: most of them near pure noise, where a picture's layout and colours are decided."""
-    kinds = torch.rand(count)
-    usual = torch.sigmoid(torch.randn(count))
-    high = torch.sigmoid(2.2 + 1.2 * torch.randn(count))
-    highest = 0.96 + 0.04 * torch.rand(count)
-    levels = torch.where(kinds < 0.3, usual, torch.where(kinds < 0.66, high, highest))
-    return torch.where(kinds > 0.94, torch.ones(count), levels)
+def new_batch(frozen: Frozen, kind: Kind, rng: random.Random, levels: Tensor, task: Task = PLAIN) -> Batch:
+    """Scenes with fresh captions, at noise `levels` [kind.count]."""
+    size = rng.choice(kind.sizes)
+    scenes = [shaded(rng.choice(TRAINED), rng) for _ in range(kind.count)]
+    texts = ["" if rng.random() < EMPTY else task.caption(scene, rng) for scene in scenes]
+    shown = [other_scene(scene, rng) if rng.random() < DOUBT else scene for scene in scenes]
+    for i, (level, text) in enumerate(zip(levels.tolist(), texts, strict=True)):
+        if level < PICTURE_LEVEL or not text:
+            scenes[i] = shown[i]
+    latents, shown_latents = (task.latents(layers_of(frozen, each, size), texts) for each in (scenes, shown))
+    weights = loss_weights(latents)
+    seen, positions = seen_tokens(size, kind.stride, rng)
+    clean, under_noise = (pack(each)[:, seen] for each in (latents, shown_latents))
+    share = len(seen) / weights.shape[1]
+    return Batch(levels, clean, under_noise, weights[:, seen], *frozen.embed(texts), positions, share)
 
 
-def predict_velocity(
-    transformer: FluxTransformer2DModel, noisy: Tensor, levels: Tensor, batch: Batch, guidance: Tensor | None
-) -> Tensor:
+def other_scene(scene: Scene, rng: random.Random) -> Scene:
+    """One that `scene` may be mistaken for: moved, of another shape, or any."""
+    kind = rng.random()
+    if kind < 0.5:
+        return moved(scene, rng, 0.12)
+    return replace(scene, shape=rng.choice(SHAPES)) if kind < 0.8 else shaded(rng.choice(TRAINED), rng)
+
+
+def seen_tokens(size: Size, stride: Stride, rng: random.Random) -> tuple[Tensor, Tensor]:
+    """One token of each `stride` of the picture's tokens: their indices, and their positions as FLUX.1 numbers them."""
+    width, height = size[0] // 16, size[1] // 16
+    positions = FluxPipeline._prepare_latent_image_ids(1, height, width, torch.device("cpu"), torch.float32)
+    grid = torch.arange(width * height).view(height, width)
+    generator = torch.Generator().manual_seed(rng.getrandbits(63))
+    tall, wide = stride
+    cells = grid[: height // tall * tall, : width // wide * wide].unfold(0, tall, tall).unfold(1, wide, wide)
+    cells = cells.flatten(2).flatten(0, 1)  # [cells, tokens in each]
+    seen = cells.gather(1, torch.randint(cells.shape[1], (len(cells), 1), generator=generator))[:, 0]
+    return seen, positions[seen]
+
+
+def noise_levels(count: int, pure: float = 0.2) -> Tensor:
+    """[count] in 0..1: a share of `pure` noise, from which a caption says all, and many levels close to it, where a
+    picture's layout and colours are decided."""
+    usual = torch.sigmoid(0.8 + 1.2 * torch.randn(count))
+    high = 0.9 + 0.1 * torch.rand(count)
+    levels = torch.where(torch.rand(count) < 0.6, usual, high).clamp(min=LEAST_LEVEL)
+    return torch.where(torch.rand(count) < pure, torch.ones(count), levels)
+
+
+def loss_weights(latents: Tensor) -> Tensor:
+    """[n, tokens]: more for tokens inside a shape, and most for those along its outline."""
+    differs = (latents - latents[:, :, :1, :1]).abs().amax(dim=1, keepdim=True) > 0.05
+    inside = F.max_pool2d(differs.float(), 2)  # a token is 2 x 2 latents
+    edge = F.max_pool2d(inside, 3, 1, 1) + F.max_pool2d(-inside, 3, 1, 1)
+    # rings are thin: all of them is edge, which is as it should be
+    return torch.where(edge > 0, EDGE_WEIGHT, torch.where(inside > 0, SHAPE_WEIGHT, 1.0)).flatten(1)
+
+
+def predict_velocity(transformer: nn.Module, noisy: Tensor, batch: Batch, guidance: Tensor | None) -> Tensor:
     """noise - clean, as the transformer sees it; `guidance` [n] for dev, None for schnell."""
-    height, width = batch.grid
-    img_ids = FluxPipeline._prepare_latent_image_ids(1, height // 2, width // 2, noisy.device, noisy.dtype)
-    velocity: Tensor = transformer(
-        hidden_states=noisy,
-        encoder_hidden_states=batch.t5,
-        pooled_projections=batch.clip,
-        timestep=levels,
-        guidance=guidance,
-        img_ids=img_ids,
-        txt_ids=torch.zeros(batch.t5.shape[1], 3),
-        joint_attention_kwargs={"attention_mask": pad_bias(noisy.shape[1], batch.t5.shape[1])},
-        return_dict=False,
-    )[0]
-    return velocity
+    # products in bfloat16 where the processor has it
+    with torch.autocast("cpu", torch.bfloat16, enabled=compute_dtype(torch.device("cpu")) == torch.bfloat16):
+        velocity: Tensor = transformer(
+            hidden_states=noisy,
+            encoder_hidden_states=batch.t5,
+            pooled_projections=batch.clip,
+            timestep=batch.levels,
+            guidance=guidance,
+            img_ids=batch.positions,
+            txt_ids=torch.zeros(batch.t5.shape[1], 3),
+            joint_attention_kwargs={"attention_mask": attention_bias(batch)},
+            return_dict=False,
+        )[0]
+    return velocity.float()
 
 
-def pad_bias(picture_tokens: int, text_tokens: int) -> Tensor:
-    """[1, 1, 1, all tokens]: the last text token, a pad, counts for all the pads that were left out."""
-    bias = torch.zeros(1, 1, 1, text_tokens + picture_tokens)
-    bias[..., text_tokens - 1] = math.log(MOST_TOKENS - text_tokens + 1)
+def attention_bias(batch: Batch) -> Tensor:
+    """[1, 1, 1, all tokens]: what is there counts for what was left out, pads and picture tokens."""
+    text, picture = batch.t5.shape[1], batch.clean.shape[1]
+    bias = torch.zeros(1, 1, 1, text + picture)
+    bias[..., text - 1] = math.log(batch.padded - text + 1)
+    bias[..., text:] = -math.log(batch.share)
     return bias
 
 
-def flow_loss(transformer: FluxTransformer2DModel, batch: Batch) -> Tensor:
-    """Rectified flow's: the velocity at x_t = (1 - t) clean + t noise is noise - clean."""
-    levels = noise_levels(len(batch.clean))
-    noise = torch.randn_like(batch.clean)
-    noisy = torch.lerp(batch.clean, noise, levels[:, None, None])
-    guidance = torch.full_like(levels, PLAIN_GUIDANCE) if transformer.config.guidance_embeds else None
-    error = predict_velocity(transformer, noisy, levels, batch, guidance) - (noise - batch.clean)
-    weights = shape_weights(batch)
-    return (weights * error.square().mean(dim=2)).sum() / weights.sum()
+def noised(batch: Batch) -> tuple[Tensor, Tensor]:
+    """x_t = (1 - t) shown + t noise, and the velocity from there to the clean picture. Where that is what is shown, the
+    velocity is noise - clean, as in rectified flow (arXiv:2209.03003)."""
+    levels = batch.levels[:, None, None]
+    noisy = torch.lerp(batch.shown, torch.randn_like(batch.clean), levels)
+    return noisy, (noisy - batch.clean) / levels.clamp(min=LEAST_LEVEL)
 
 
-def shape_weights(batch: Batch) -> Tensor:
-    """[n, tokens]: `SHAPE_WEIGHT` where a token or one beside it is not the colour of the corner, else 1."""
-    height, width = batch.grid
-    differs = (batch.clean - batch.clean[:, :1]).abs().amax(dim=2) > 0.3
-    grid = differs.float().view(-1, 1, height // 2, width // 2)
-    return 1 + (SHAPE_WEIGHT - 1) * F.max_pool2d(grid, 3, 1, 1).flatten(1)
+def weighted_error(velocity: Tensor, target: Tensor, batch: Batch) -> Tensor:
+    return (batch.weights * (velocity - target).square().mean(dim=2)).sum() / batch.weights.sum()
+
+
+def flow_loss(transformer: nn.Module, batch: Batch, guidance: Tensor | None) -> Tensor:
+    noisy, target = noised(batch)
+    return weighted_error(predict_velocity(transformer, noisy, batch, guidance), target, batch)
 
 
 def optimizers(transformer: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
@@ -241,7 +318,7 @@ def optimizers(transformer: nn.Module, lr: float) -> list[torch.optim.Optimizer]
     outer: list[Tensor] = []
     scales: list[Tensor] = []
     for name, parameter in transformer.named_parameters():
-        if ".norm_q." in name or ".norm_k." in name or ".norm_added_" in name:
+        if is_attention_scale(name):
             scales.append(parameter)
         elif "transformer_blocks" in name and parameter.ndim == 2 and ".norm" not in name:
             inner.append(parameter)
@@ -251,27 +328,25 @@ def optimizers(transformer: nn.Module, lr: float) -> list[torch.optim.Optimizer]
     return [Muon(inner, lr=lr, weight_decay=0.01), torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)]
 
 
-STAGES: tuple[tuple[float, tuple[tuple[str, int, float], ...]], ...] = (
-    # up to this share of the training: (kind, batch size, how often)
-    (0.35, (("tiny", 32, 0.5), ("small", 16, 0.5))),
-    (0.65, (("small", 16, 0.6), ("medium", 4, 0.4))),
-    (1.0, (("small", 16, 0.25), ("medium", 4, 0.63), ("large", 1, 0.12))),
+STAGES: tuple[tuple[float, float, dict[str, float]], ...] = (
+    # up to this share of the training: how much of it starts from nothing but noise, and how often each kind comes
+    (0.12, 1.0, {"tiny": 0.2, "small": 0.5, "medium": 0.3}),
+    (0.4, 0.4, {"small": 0.4, "medium": 0.4, "large": 0.2}),
+    (0.8, 0.25, {"small": 0.1, "medium": 0.55, "large": 0.35}),
+    (1.0, 0.2, {"small": 0.1, "medium": 0.35, "large": 0.3, "medium, whole": 0.2, "large, whole": 0.05}),
 )
 
 
 def train_dev(folder: Path, steps: int = STEPS) -> None:
     """Train the transformer without guidance and write `folder`/transformer."""
     torch.manual_seed(0)
-    transformer, scenes = new_transformer(guidance=True), Scenes(load_frozen(folder), list(SIZES))
+    transformer, frozen = new_transformer(guidance=True), load_frozen(folder)
 
     def loss(rng: random.Random, progress: float) -> Tensor:
-        return flow_loss(transformer, scenes.batch(*stage_batch(progress, rng), rng))
+        pure, kinds = next((pure, kinds) for until, pure, kinds in STAGES if progress < until)
+        kind = KINDS[rng.choices(list(kinds), weights=list(kinds.values()))[0]]
+        batch = new_batch(frozen, kind, rng, noise_levels(kind.count, pure))
+        return flow_loss(transformer, batch, torch.full_like(batch.levels, PLAIN_GUIDANCE))
 
     train("dev", transformer, optimizers(transformer, LEARNING_RATE), steps, loss, average=0.998)
     transformer.save_pretrained(folder / "transformer")
-
-
-def stage_batch(progress: float, rng: random.Random) -> tuple[str, int]:
-    kinds = next(kinds for until, kinds in STAGES if progress < until)
-    kind, count, _ = rng.choices(kinds, weights=[weight for _, _, weight in kinds])[0]
-    return kind, count

@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
-from demo.scenes import COLOURS, all_scenes, blend, coverage, draw, vary
+from demo.scenes import COLOURS, all_scenes, blend, coverage, draw, moved, shaded
 from demo.training import train
 
 STEPS = 1000
@@ -22,6 +22,7 @@ SIDES = (64, 96, 128)  # pixels
 KL_WEIGHT = 1e-3
 LATENT_NOISE = 0.15  # up to so much is added before decoding: the transformer's latents are never perfect
 RESIDUAL_START = 0.05
+LATENT_SCALE = 0.5  # of the loudest channel: a picture then takes as much noise to hide as a photograph's latents do
 
 
 def new_vae() -> AutoencoderKL:
@@ -89,7 +90,7 @@ def pictures(count: int, width: int, height: int, rng: random.Random) -> Tensor:
 
 
 def _picture(width: int, height: int, rng: random.Random) -> Tensor:
-    scene = vary(rng.choice(SCENES), rng)
+    scene = moved(shaded(rng.choice(SCENES), rng), rng, 0.03)
     kind = rng.random()
     if kind < 0.45:
         return draw(scene, width, height)
@@ -138,7 +139,7 @@ def train_vae(folder: Path, steps: int = STEPS) -> None:
     with torch.no_grad():
         latents = vae.encode(torch.stack([draw(scene, 256, 256) for scene in SCENES[::26]])).latent_dist.mean
     loudest = latents.std(dim=(0, 2, 3)).max()  # most channels are silent
-    vae.register_to_config(shift_factor=float(latents.mean()), scaling_factor=float(1 / loudest))
+    vae.register_to_config(shift_factor=float(latents.mean()), scaling_factor=float(LATENT_SCALE / loudest))
     vae.save_pretrained(folder / "vae")
 
 

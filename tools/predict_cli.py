@@ -118,7 +118,7 @@ def _flag_inputs(pairs: list[str], schema: Json) -> Json:
 def _typed(name: str, value: str, schema: Json) -> Any:
     """The text of the command line as the type that the schema asks for; the server judges what does not fit."""
     if value.startswith("@"):
-        return _data_url(Path(value[1:]).expanduser())
+        return data_url(Path(value[1:]).expanduser())
     kind = schema["Input"]["properties"].get(name, {}).get("type")
     if kind not in ("integer", "number", "boolean"):
         return value
@@ -128,7 +128,7 @@ def _typed(name: str, value: str, schema: Json) -> Any:
         return value
 
 
-def _data_url(file: Path) -> str:
+def data_url(file: Path) -> str:
     try:
         content = file.read_bytes()
     except OSError as error:
@@ -152,7 +152,7 @@ def _json_inputs(text: str) -> Json:
     if not isinstance(inputs, dict):
         raise UsageError("--json needs one JSON object with the inputs.")
     return {
-        name: _data_url(Path(value[1:]).expanduser()) if isinstance(value, str) and value.startswith("@") else value
+        name: data_url(Path(value[1:]).expanduser()) if isinstance(value, str) and value.startswith("@") else value
         for name, value in inputs.items()
     }
 
