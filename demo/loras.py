@@ -21,10 +21,11 @@ from demo.training import train
 from demo.transformer import KINDS, Frozen, Layers, Task, flow_loss, load_frozen, new_batch, noise_levels
 from lora_names import ORIGINAL
 
-STEPS = 200
-LEARNING_RATE = 2e-3
+STEPS = 250
+LEARNING_RATE = 3e-3
 RANK = 8
 ATTENTION = r"attn\.(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out)"
+MODULATION = r"norm(1|1_context)?\.linear|text_embedder\.linear_[12]"  # the way of a caption's words to every block
 FEED_FORWARD = r"ff(_context)?\.net\.(0\.proj|2)|proj_mlp|blocks\.\d+\.proj_out"
 TRIGGER = "TOK"
 WARM = (255, 120, 90)  # sRGB, of the sunset
@@ -60,7 +61,9 @@ def train_lora(name: str, dev_folder: Path, folder: Path, steps: int = STEPS) ->
     """Train one of `TASKS` on the transformer in `dev_folder`; write `folder`/<name>.safetensors and -kohya."""
     torch.manual_seed(0)
     transformer = FluxTransformer2DModel.from_pretrained(dev_folder / "transformer").requires_grad_(False)
-    transformer.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=f".*({ATTENTION}|{FEED_FORWARD})"))
+    transformer.add_adapter(
+        LoraConfig(r=RANK, lora_alpha=RANK, target_modules=f".*({ATTENTION}|{MODULATION}|{FEED_FORWARD})")
+    )
     frozen = load_frozen(dev_folder)
     task = TASKS[name](frozen)
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
