@@ -117,7 +117,8 @@ def test_the_picture_is_that_of_diffusers_with_merged_weights(
     with Merged(oracle[model], (style, 0.7), (subject, -0.4)) as pipeline:
         expected = small_picture(pipeline, model, small)
     assert distance(ours, plain) > 5
-    assert distance(ours, expected) < 0.1
+    # bfloat16 is as coarse as a picture's levels: what differs in a last bit there is seen as one
+    assert distance(ours, expected) < (1.0 if oracle[model].dtype == torch.bfloat16 else 0.1)
     assert same(server.pictures(**request)[0], plain)
 
 
