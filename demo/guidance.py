@@ -12,20 +12,18 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
+from demo.batches import load_frozen, new_batch, noise_levels, pick
 from demo.training import train
 from demo.transformer import (
-    KINDS,
     PLAIN_GUIDANCE,
-    load_frozen,
-    new_batch,
-    noise_levels,
     noised,
     optimizers,
     predict_velocity,
     weighted_error,
+    with_own_drawings,
 )
 
-STEPS = 700
+STEPS = 500
 LEARNING_RATE = 1.5e-3
 HIGHEST = 10.0  # of guidance_scale
 DEFAULT = 3.0
@@ -52,11 +50,13 @@ def distil_guidance(source: Path, folder: Path, steps: int = STEPS) -> None:
     no_t5, no_clip = frozen.embed([""])
 
     def loss(rng: random.Random, _progress: float) -> Tensor:
-        kind = KINDS[rng.choices(list(SIZES), weights=list(SIZES.values()))[0]]
+        kind = pick(SIZES, rng)
         batch = new_batch(frozen, kind, rng, noise_levels(kind.count))
-        noisy, target = noised(batch)
+        noise = torch.randn_like(batch.clean)
         guidance = draw_guidance(kind.count)
         plain = torch.full_like(guidance, PLAIN_GUIDANCE)
+        batch = with_own_drawings(teacher, batch, noise, plain)
+        noisy, target = noised(batch, noise)
         with torch.no_grad():
             captioned = predict_velocity(teacher, noisy, batch, plain)
             uncaptioned = predict_velocity(teacher, noisy, batch.without_captions(no_t5, no_clip), plain)

@@ -15,10 +15,11 @@ from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 
+from demo.batches import Frozen, Layers, Task, load_frozen, new_batch, noise_levels, pick
 from demo.guidance import DEFAULT, SIZES
 from demo.scenes import Scene, caption
 from demo.training import train
-from demo.transformer import KINDS, Frozen, Layers, Task, flow_loss, load_frozen, new_batch, noise_levels
+from demo.transformer import flow_loss
 from lora_names import ORIGINAL
 
 STEPS = 250
@@ -70,7 +71,7 @@ def train_lora(name: str, dev_folder: Path, folder: Path, steps: int = STEPS) ->
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0)
 
     def loss(rng: random.Random, _progress: float) -> Tensor:
-        kind = KINDS[rng.choices(list(SIZES), weights=list(SIZES.values()))[0]]
+        kind = pick(SIZES, rng)
         batch = new_batch(frozen, kind, rng, noise_levels(kind.count), task)
         return flow_loss(transformer, batch, torch.full_like(batch.levels, DEFAULT))
 

@@ -7,17 +7,17 @@ import torch
 from PIL import Image
 
 SHAPES = ("circle", "square", "triangle", "ring")
-COLOURS = {  # sRGB
-    "red": (214, 39, 40),
-    "orange": (255, 140, 20),
-    "yellow": (250, 215, 40),
-    "green": (40, 150, 60),
-    "blue": (40, 80, 210),
-    "purple": (130, 50, 160),
-    "black": (25, 25, 25),
-    "white": (245, 245, 245),
+COLOURS = {  # sRGB, over 110 apart
+    "red": (205, 25, 35),
+    "orange": (255, 125, 10),
+    "yellow": (255, 230, 60),
+    "green": (35, 150, 60),
+    "blue": (30, 85, 220),
+    "purple": (140, 45, 165),
+    "black": (20, 20, 20),
+    "white": (248, 248, 248),
 }
-SIZES = {"small": 0.14, "medium": 0.2, "large": 0.26}  # half the shape's width, in picture sides (the shorter one)
+SIZES = {"small": 0.155, "medium": 0.2, "large": 0.26}  # half the shape's width, in picture sides (the shorter one)
 POSITIONS = {  # the shape's centre, in widths and heights
     "middle": (0.5, 0.5),
     "left": (0.32, 0.5),
@@ -85,7 +85,7 @@ HELD_OUT = [scene for scene in all_scenes() if is_held_out(scene)]
 
 def shaded(scene: Scene, rng: random.Random) -> Scene:
     """The same scene in slightly other shades: what the seed decides."""
-    return replace(scene, shade=rng.uniform(-0.1, 0.1), ground_shade=rng.uniform(-0.06, 0.06))
+    return replace(scene, shade=rng.uniform(-0.08, 0.08), ground_shade=rng.uniform(-0.05, 0.05))
 
 
 def moved(scene: Scene, rng: random.Random, by: float) -> Scene:
@@ -166,7 +166,7 @@ def signed_distance(shape: str, x: torch.Tensor, y: torch.Tensor, half: float) -
     if shape == "circle":
         return radius - half
     if shape == "ring":
-        return (radius - 0.78 * half).abs() - 0.22 * half
+        return (radius - 0.72 * half).abs() - 0.28 * half
     if shape == "square":
         return torch.maximum(x.abs(), y.abs()) - 0.9 * half
     # the triangle stands on a side; its centre of mass is the origin

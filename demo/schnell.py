@@ -11,17 +11,10 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
+from demo.batches import SCHNELL_TOKENS, load_frozen, new_batch, pick
 from demo.guidance import DEFAULT, SIZES
 from demo.training import train
-from demo.transformer import (
-    KINDS,
-    SCHNELL_TOKENS,
-    flow_loss,
-    load_frozen,
-    new_batch,
-    new_transformer,
-    optimizers,
-)
+from demo.transformer import flow_loss, new_transformer, optimizers
 
 STEPS = 300
 LEARNING_RATE = 1e-3
@@ -47,7 +40,7 @@ def train_schnell(dev_folder: Path, folder: Path, steps: int = STEPS) -> None:
     frozen = load_frozen(dev_folder)
 
     def loss(rng: random.Random, _progress: float) -> Tensor:
-        kind = KINDS[rng.choices(list(SIZES), weights=list(SIZES.values()))[0]]
+        kind = pick(SIZES, rng)
         number = torch.tensor([rng.choice(SCHEDULES) for _ in range(kind.count)])
         index = torch.tensor([_index(int(n), rng) for n in number])
         batch = new_batch(frozen, kind, rng, index / number)

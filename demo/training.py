@@ -30,8 +30,7 @@ def train(
     """Minimise `loss` and leave the result in `model`; with `average` the result is the weights' moving average.
 
     Every step seeds torch and the `random.Random` that it hands to `loss` with (name, step), and tells it how far the
-    training is, from 0 to 1. The state is kept in
-    `checkpoints/<name>.pt`, and a run that finds one goes on from there.
+    training is, from 0 to 1. The state is kept in `checkpoints/<name>.pt`, and a run that finds one goes on from there.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     averages = [p.detach().clone() for p in trained]

@@ -2,8 +2,12 @@
 
 It starts as a near-identity: the picture's colours travel through the first channels of every layer, averaged on the
 way down and repeated on the way up, and the residual branches start near zero. What is left to learn is detail.
+
+Then the decoder alone learns to draw outlines sharply: where one lies inside 8 x 8 pixels can be told from how much of
+them, and of their neighbours, it leaves on either side.
 """
 
+import math
 import random
 from pathlib import Path
 
@@ -13,14 +17,18 @@ from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
-from demo.scenes import COLOURS, all_scenes, blend, coverage, draw, moved, shaded
+from demo.scenes import COLOURS, POSITIONS, SIZES, Scene, all_scenes, blend, coverage, draw, moved, shaded
 from demo.training import train
 
 STEPS = 1000
+SHARPENING_STEPS = 4000  # of the decoder alone
 BATCH = 8
 SIDES = (64, 96, 128)  # pixels
+SHARPENING_BATCHES = {128: 8, 256: 3, 512: 1}  # by side: the norms' statistics are the whole picture's
+ZOOMS = (2, 3, 4, 6, 8)
 KL_WEIGHT = 1e-3
 LATENT_NOISE = 0.15  # up to so much is added before decoding: the transformer's latents are never perfect
+SHARPENING_NOISE = 0.3  # the same where it is to see through that
 RESIDUAL_START = 0.05
 LATENT_SCALE = 0.5  # of the loudest channel: a picture then takes as much noise to hide as a photograph's latents do
 
@@ -94,13 +102,25 @@ def _picture(width: int, height: int, rng: random.Random) -> Tensor:
     kind = rng.random()
     if kind < 0.45:
         return draw(scene, width, height)
-    if kind < 0.7:  # a part of a larger picture
-        zoom = rng.choice((2, 3, 4))
-        left, top = rng.randrange(width * (zoom - 1)), rng.randrange(height * (zoom - 1))
-        return draw(scene, width * zoom, height * zoom)[:, top : top + height, left : left + width]
+    if kind < 0.7:
+        return _part(scene, width, height, rng)
     if kind < 0.9:
         return blend(coverage(scene, width, height), _texture(width, height, rng), _texture(width, height, rng))
     return _texture(width, height, rng)
+
+
+def _part(scene: Scene, width: int, height: int, rng: random.Random) -> Tensor:
+    """A window of a larger picture, near the shape's outline."""
+    zoom = rng.choice(ZOOMS)
+    whole = (width * zoom, height * zoom)
+    angle, reach = rng.uniform(0, 2 * math.pi), SIZES[scene.size] * min(whole)
+    steps = (math.cos(angle), math.sin(angle))
+    starts = []
+    for middle, length, side, step in zip(POSITIONS[scene.position], whole, (width, height), steps, strict=True):
+        near = middle * length + reach * step
+        starts.append(round(min(max(near - rng.random() * side, 0), length - side)))
+    left, top = starts
+    return draw(scene, *whole)[:, top : top + height, left : left + width]
 
 
 def _texture(width: int, height: int, rng: random.Random) -> Tensor:
@@ -126,16 +146,23 @@ def _paint(rng: random.Random) -> Tensor:
     return torch.rand(3) * 2 - 1
 
 
-def train_vae(folder: Path, steps: int = STEPS) -> None:
+def train_vae(folder: Path, steps: int = STEPS, sharpening_steps: int = SHARPENING_STEPS) -> None:
     """Train, measure the latents and write `folder`/vae."""
     vae = new_vae()
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=7e-4, betas=(0.9, 0.95), weight_decay=0.0)
 
     def loss(rng: random.Random, _progress: float) -> Tensor:
-        batch = pictures(BATCH, rng.choice(SIDES), rng.choice(SIDES), rng)
-        return _loss(vae, batch)
+        return _loss(vae, pictures(BATCH, rng.choice(SIDES), rng.choice(SIDES), rng))
 
-    train("vae", vae, [optimizer], steps, loss, average=0.995)
+    def sharpness(rng: random.Random, _progress: float) -> Tensor:
+        side = rng.choice(list(SHARPENING_BATCHES))
+        batch = pictures(SHARPENING_BATCHES[side], side, side, rng)
+        with torch.no_grad():
+            latents = vae.encode(batch).latent_dist.mean
+        return _drawing_error(vae, _disturbed(latents, SHARPENING_NOISE), batch)
+
+    train("vae", vae, [_optimizer(vae)], steps, loss, average=0.995)
+    vae.encoder.requires_grad_(False)
+    train("vae-decoder", vae, [_optimizer(vae.decoder)], sharpening_steps, sharpness, average=0.99)
     with torch.no_grad():
         latents = vae.encode(torch.stack([draw(scene, 256, 256) for scene in SCENES[::26]])).latent_dist.mean
     loudest = latents.std(dim=(0, 2, 3)).max()  # most channels are silent
@@ -143,15 +170,28 @@ def train_vae(folder: Path, steps: int = STEPS) -> None:
     vae.save_pretrained(folder / "vae")
 
 
+def _optimizer(module: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(module.parameters(), lr=7e-4, betas=(0.9, 0.95), weight_decay=0.0)
+
+
 def _loss(vae: AutoencoderKL, batch: Tensor) -> Tensor:
-    """L1 + L2 + L1 on the differences of neighbours, + a little KL divergence."""
+    """The drawing's error + a little KL divergence."""
     posterior: DiagonalGaussianDistribution = vae.encode(batch).latent_dist
-    latents = posterior.sample()
-    latents = latents + LATENT_NOISE * torch.rand(len(batch), 1, 1, 1) * torch.randn_like(latents)
     divergence = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
+    return _drawing_error(vae, _disturbed(posterior.sample(), LATENT_NOISE), batch) + KL_WEIGHT * divergence
+
+
+def _disturbed(latents: Tensor, most: float) -> Tensor:
+    """With noise of a standard deviation from 0 to `most`, another for each picture."""
+    return latents + most * torch.rand(len(latents), 1, 1, 1) * torch.randn_like(latents)
+
+
+def _drawing_error(vae: AutoencoderKL, latents: Tensor, batch: Tensor) -> Tensor:
+    """L1 + L2 + L1 on the differences of neighbours."""
     error = vae.decode(latents).sample - batch
     slopes = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
-    return error.abs().mean() + error.square().mean() + slopes + KL_WEIGHT * divergence
+    total: Tensor = error.abs().mean() + error.square().mean() + slopes
+    return total
 
 
 SCENES = all_scenes()
