@@ -9,7 +9,7 @@ from PIL import Image
 from demo.scenes import COLOURS, POSITIONS, SHAPES, SIZES, Scene, coverage
 
 BORDER = 0.012  # of the shorter side: no shape reaches it, so it shows the background
-SAME_COLOUR = 60.0  # Euclidean distance in sRGB within which a pixel has a colour; half of what named colours are apart
+SAME_COLOUR = 60.0  # Euclidean distance in sRGB within which a pixel has a colour; named colours are over 110 apart
 MIN_AREA = 0.004  # of the shorter side squared; less is nothing
 MIN_OVERLAP = 0.75  # intersection over union with the best template
 MAX_OFFSET = 0.1  # of the shorter side, between the centre of mass and where it should be

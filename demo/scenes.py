@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 SHAPES = ("circle", "square", "triangle", "ring")
-COLOURS = {  # sRGB, over 110 apart
+COLOURS = {  # sRGB
     "red": (205, 25, 35),
     "orange": (255, 125, 10),
     "yellow": (255, 230, 60),
