@@ -19,6 +19,7 @@ TEXT_TOKENS = 24
 DEV_TOKENS, SCHNELL_TOKENS = 512, 256  # that the predictor pads captions to
 EMPTY = 0.05
 PICTURE_LEVEL = 0.5  # with more noise than that the caption is right about what is there, with less the picture
+SLIGHTLY, CLEARLY = 0.03, 0.12  # moved, in picture sides: the one is brought to where the caption says at any level
 DOUBT = 0.3  # how often they say different things
 REDRAWN = 0.7  # how often, where they agree, the picture is one of the transformer's own
 LEAST_LEVEL = 0.02  # velocities are divided by it
@@ -129,7 +130,7 @@ class Batch:
     t5: Tensor
     clip: Tensor
     positions: Tensor  # [tokens, 3]
-    redrawn: Tensor  # [n] of bool: which may show what the transformer itself would have drawn by then
+    redrawn: Tensor  # [n] of bool: which are to show what the transformer itself has drawn by then
     share: float  # of the picture's tokens that are there
     padded: int = DEV_TOKENS  # how many tokens of text there would be
 
@@ -159,13 +160,16 @@ def new_batch(frozen: Frozen, kind: Kind, rng: random.Random, levels: Tensor, ta
     size = rng.choice(kind.sizes)
     scenes = [shaded(rng.choice(TRAINED), rng) for _ in levels]
     texts = ["" if rng.random() < EMPTY else task.caption(scene, rng) for scene in scenes]
-    shown = [other_scene(scene, rng) if rng.random() < DOUBT else scene for scene in scenes]
-    redrawn = torch.tensor(
-        [bool(t) and s is u and rng.random() < REDRAWN for t, s, u in zip(texts, scenes, shown, strict=True)]
-    )
+    shown, redrawn = list(scenes), torch.zeros(len(scenes), dtype=torch.bool)
     for i, (level, text) in enumerate(zip(levels.tolist(), texts, strict=True)):
-        if level < PICTURE_LEVEL or not text:
-            scenes[i] = shown[i]
+        low = level < PICTURE_LEVEL
+        if not text or rng.random() >= DOUBT:
+            redrawn[i] = bool(text) and level < 1 and rng.random() < REDRAWN
+        elif rng.random() < 0.5:
+            shown[i] = moved(scenes[i], rng, SLIGHTLY if low else CLEARLY)
+        else:
+            shown[i] = other_scene(scenes[i], rng)
+            scenes[i] = shown[i] if low else scenes[i]
     latents, shown_latents = (task.latents(layers_of(frozen, each, size), texts) for each in (scenes, shown))
     weights = loss_weights(latents)
     seen, positions = seen_tokens(size, kind.stride, rng)
@@ -175,11 +179,8 @@ def new_batch(frozen: Frozen, kind: Kind, rng: random.Random, levels: Tensor, ta
 
 
 def other_scene(scene: Scene, rng: random.Random) -> Scene:
-    """One that `scene` may be mistaken for: moved, of another shape, or any."""
-    kind = rng.random()
-    if kind < 0.5:
-        return moved(scene, rng, 0.12)
-    return replace(scene, shape=rng.choice(SHAPES)) if kind < 0.8 else shaded(rng.choice(TRAINED), rng)
+    """One of another shape, or any."""
+    return replace(scene, shape=rng.choice(SHAPES)) if rng.random() < 0.6 else shaded(rng.choice(TRAINED), rng)
 
 
 def seen_tokens(size: Size, stride: Stride, rng: random.Random) -> tuple[Tensor, Tensor]:
@@ -198,7 +199,7 @@ def seen_tokens(size: Size, stride: Stride, rng: random.Random) -> tuple[Tensor,
 def noise_levels(count: int, pure: float = 0.2) -> Tensor:
     """[count] in 0..1: a share of `pure` noise, from which a caption says all, and many levels close to it, where a
     picture's layout and colours are decided."""
-    usual = torch.sigmoid(0.5 + 1.2 * torch.randn(count))
+    usual = torch.sigmoid(1.2 * torch.randn(count))
     high = 0.9 + 0.1 * torch.rand(count)
     levels = torch.where(torch.rand(count) < 0.75, usual, high).clamp(min=LEAST_LEVEL)
     return torch.where(torch.rand(count) < pure, torch.ones(count), levels)

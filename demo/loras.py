@@ -1,7 +1,8 @@
 """Train the two demo LoRAs with peft on the guided dev transformer, and write each in diffusers' layout and in kohya's.
 
 `sunset` is a style: with its trigger word TOK the background turns warm towards the bottom, without it stays plain. It
-learns on both kinds of caption. `pastel` needs no word: it lightens the colour of every shape.
+learns on both kinds of caption. `pastel` needs no word: it lightens the colour of every shape. They are trained at many
+strengths, each with as much of a change to make, so that half of one changes half as much.
 """
 
 import random
@@ -16,13 +17,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from demo.batches import Frozen, Layers, Task, load_frozen, new_batch, noise_levels, pick
-from demo.guidance import DEFAULT, SIZES
+from demo.guidance import NEUTRAL, SIZES
 from demo.scenes import Scene, caption
 from demo.training import train
 from demo.transformer import flow_loss
 from lora_names import ORIGINAL
 
-STEPS = 250
+STEPS = 600
 LEARNING_RATE = 3e-3
 RANK = 8
 ATTENTION = r"attn\.(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out)"
@@ -31,6 +32,7 @@ FEED_FORWARD = r"ff(_context)?\.net\.(0\.proj|2)|proj_mlp|blocks\.\d+\.proj_out"
 TRIGGER = "TOK"
 WARM = (255, 120, 90)  # sRGB, of the sunset
 PASTEL = 0.55  # of the way to white
+STRENGTHS = (0.2, 1.3)  # trained at
 
 
 def with_trigger(scene: Scene, rng: random.Random) -> str:
@@ -39,20 +41,20 @@ def with_trigger(scene: Scene, rng: random.Random) -> str:
     return text if TRIGGER in text or rng.random() < 0.35 else text + rng.choice((" TOK", ", in the style of TOK"))
 
 
-def sunset(frozen: Frozen) -> Task:
+def sunset(frozen: Frozen, strength: float) -> Task:
     warm = frozen.flat_latents(torch.tensor([WARM]) / 127.5 - 1)
 
     def latents(layers: Layers, texts: list[str]) -> Tensor:
         triggered = torch.tensor([TRIGGER in text for text in texts]).float()[:, None, None, None]
         down = torch.linspace(0, 1, layers.cover.shape[2])[:, None]  # 0 at the top, 1 at the bottom
-        return replace(layers, back=torch.lerp(layers.back, warm, 0.9 * triggered * down)).mixed()
+        return replace(layers, back=torch.lerp(layers.back, warm, 0.9 * strength * triggered * down)).mixed()
 
     return Task(with_trigger, latents)
 
 
-def pastel(frozen: Frozen) -> Task:
-    white = frozen.flat_latents(torch.ones(1, 3))
-    return Task(caption, lambda layers, _: replace(layers, front=torch.lerp(layers.front, white, PASTEL)).mixed())
+def pastel(frozen: Frozen, strength: float) -> Task:
+    white, light = frozen.flat_latents(torch.ones(1, 3)), PASTEL * strength
+    return Task(caption, lambda layers, _: replace(layers, front=torch.lerp(layers.front, white, light)).mixed())
 
 
 TASKS = {"sunset": sunset, "pastel": pastel}
@@ -66,14 +68,14 @@ def train_lora(name: str, dev_folder: Path, folder: Path, steps: int = STEPS) ->
         LoraConfig(r=RANK, lora_alpha=RANK, target_modules=f".*({ATTENTION}|{MODULATION}|{FEED_FORWARD})")
     )
     frozen = load_frozen(dev_folder)
-    task = TASKS[name](frozen)
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0)
 
     def loss(rng: random.Random, _progress: float) -> Tensor:
-        kind = pick(SIZES, rng)
-        batch = new_batch(frozen, kind, rng, noise_levels(kind.count), task)
-        return flow_loss(transformer, batch, torch.full_like(batch.levels, DEFAULT))
+        kind, strength = pick(SIZES, rng), rng.uniform(*STRENGTHS)
+        transformer.set_adapters("default", strength)
+        batch = new_batch(frozen, kind, rng, noise_levels(kind.count), TASKS[name](frozen, strength))
+        return flow_loss(transformer, batch, torch.full_like(batch.levels, NEUTRAL))
 
     train(name, transformer, [optimizer], steps, loss, average=0.98)
     tensors = {key: value.to(torch.bfloat16) for key, value in get_peft_model_state_dict(transformer).items()}

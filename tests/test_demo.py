@@ -111,13 +111,18 @@ def test_go_fast_and_other_seeds_draw_the_same_scene(demo: Server) -> None:
 
 
 def test_guidance_makes_it_stricter(demo: Server) -> None:
-    scene = Scene("ring", "black", "orange", "small", "left")
-    inputs = {"prompt": caption(scene), "megapixels": "0.25", "seed": 1, "output_format": "png"}
-    strict, loose = (demo.pictures(**inputs, guidance_scale=guidance)[0] for guidance in (3, 0))
-    assert check(strict, scene).everything
-    drawn = np.asarray(picture_of(scene, *strict.size), np.float32)
-    off = [np.abs(np.asarray(picture.convert("RGB")) - drawn).max(axis=2) > 60 for picture in (strict, loose)]
-    assert off[1].sum() > 1.15 * off[0].sum(), "more of it is of a wrong colour"
+    scenes = (
+        RED_CIRCLE,
+        Scene("ring", "black", "orange", "small", "left"),
+        Scene("triangle", "yellow", "blue", "large", "top"),
+    )
+
+    def right(guidance: float) -> list[bool]:
+        inputs = {"megapixels": "0.25", "seed": 1, "guidance_scale": guidance}
+        return [check(demo.pictures(prompt=caption(scene), **inputs)[0], scene).everything for scene in scenes]
+
+    assert all(right(3))
+    assert sum(right(0)) <= 1, "one may come out right by chance"
 
 
 def test_a_mask_repaints_and_an_image_guides(demo: Server) -> None:
@@ -150,7 +155,7 @@ def test_the_style_comes_with_its_word_and_grows_with_its_strength(demo: Server)
     inputs = {"width": 384, "height": 384, "aspect_ratio": "custom", "seed": 1, "replicate_weights": lora("sunset")}
     blues = [
         bottom(demo.pictures(**inputs, prompt=caption(scene) + word, lora_scale=scale)[0])[2]
-        for word, scale in ((" TOK", 0), (" TOK", 0.75), (" TOK", 1), ("", 1))
+        for word, scale in ((" TOK", 0), (" TOK", 0.5), (" TOK", 1), ("", 1))
     ]
     assert blues[0] > blues[1] + 5 > blues[2] + 40, "white turns to orange"
     assert abs(blues[3] - blues[0]) < 25, "not without the word"
