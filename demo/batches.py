@@ -169,7 +169,8 @@ def new_batch(frozen: Frozen, kind: Kind, rng: random.Random, levels: Tensor, ta
             shown[i] = moved(scenes[i], rng, SLIGHTLY if low else CLEARLY)
         else:
             shown[i] = other_scene(scenes[i], rng)
-            scenes[i] = shown[i] if low else scenes[i]
+            if low:
+                scenes[i] = shown[i]
     latents, shown_latents = (task.latents(layers_of(frozen, each, size), texts) for each in (scenes, shown))
     weights = loss_weights(latents)
     seen, positions = seen_tokens(size, kind.stride, rng)

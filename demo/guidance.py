@@ -34,7 +34,7 @@ SIZES = {"small": 0.1, "medium": 0.4, "large": 0.3, "medium, whole": 0.2}
 def guidance_weight(guidance: Tensor) -> Tensor:
     """w of a guidance_scale: 0.1 at 0, 1 at `NEUTRAL`, 1.45 at the default, where outlines come out straight; slowly on
     from there, since more makes colours glaring."""
-    return torch.minimum(0.1 + 0.45 * guidance, 1.7 + 0.1 * (guidance - 3.5))
+    return torch.minimum(0.1 + 0.9 * guidance / NEUTRAL, 1.7 + 0.1 * (guidance - 3.5))
 
 
 def draw_guidance(count: int) -> Tensor:

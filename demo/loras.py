@@ -41,20 +41,25 @@ def with_trigger(scene: Scene, rng: random.Random) -> str:
     return text if TRIGGER in text or rng.random() < 0.35 else text + rng.choice((" TOK", ", in the style of TOK"))
 
 
-def sunset(frozen: Frozen, strength: float) -> Task:
+def sunset(frozen: Frozen) -> Task:
     warm = frozen.flat_latents(torch.tensor([WARM]) / 127.5 - 1)
 
     def latents(layers: Layers, texts: list[str]) -> Tensor:
         triggered = torch.tensor([TRIGGER in text for text in texts]).float()[:, None, None, None]
         down = torch.linspace(0, 1, layers.cover.shape[2])[:, None]  # 0 at the top, 1 at the bottom
-        return replace(layers, back=torch.lerp(layers.back, warm, 0.9 * strength * triggered * down)).mixed()
+        return replace(layers, back=torch.lerp(layers.back, warm, 0.9 * triggered * down)).mixed()
 
     return Task(with_trigger, latents)
 
 
-def pastel(frozen: Frozen, strength: float) -> Task:
-    white, light = frozen.flat_latents(torch.ones(1, 3)), PASTEL * strength
-    return Task(caption, lambda layers, _: replace(layers, front=torch.lerp(layers.front, white, light)).mixed())
+def pastel(frozen: Frozen) -> Task:
+    white = frozen.flat_latents(torch.ones(1, 3))
+    return Task(caption, lambda layers, _: replace(layers, front=torch.lerp(layers.front, white, PASTEL)).mixed())
+
+
+def at_strength(task: Task, strength: float) -> Task:
+    """The same with so much of the change."""
+    return replace(task, latents=lambda layers, texts: layers.mixed().lerp(task.latents(layers, texts), strength))
 
 
 TASKS = {"sunset": sunset, "pastel": pastel}
@@ -68,13 +73,14 @@ def train_lora(name: str, dev_folder: Path, folder: Path, steps: int = STEPS) ->
         LoraConfig(r=RANK, lora_alpha=RANK, target_modules=f".*({ATTENTION}|{MODULATION}|{FEED_FORWARD})")
     )
     frozen = load_frozen(dev_folder)
+    task = TASKS[name](frozen)
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0)
 
     def loss(rng: random.Random, _progress: float) -> Tensor:
         kind, strength = pick(SIZES, rng), rng.uniform(*STRENGTHS)
         transformer.set_adapters("default", strength)
-        batch = new_batch(frozen, kind, rng, noise_levels(kind.count), TASKS[name](frozen, strength))
+        batch = new_batch(frozen, kind, rng, noise_levels(kind.count), at_strength(task, strength))
         return flow_loss(transformer, batch, torch.full_like(batch.levels, NEUTRAL))
 
     train(name, transformer, [optimizer], steps, loss, average=0.98)
