@@ -17,14 +17,14 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
-from device import multiplies_bf16
-from flux_models import Flux
-from lora_formats import LoraUpdates, read_lora
-from lora_names import CLIP, T5, TRANSFORMER
-from lora_network import MB
-from lora_sources import FetchedLora, fetch_lora, fetch_weights, in_use
-from lora_updates import Base, LowRank, Update, rank_of
-from pristine import Pristine
+from fetch.network import MB
+from fetch.sources import FetchedLora, fetch_lora, fetch_weights, in_use
+from flux.device import multiplies_bf16
+from flux.models import Flux
+from flux.pristine import Pristine
+from lora.formats import LoraUpdates, read_lora
+from lora.names import CLIP, T5, TRANSFORMER
+from lora.updates import Base, LowRank, Update, rank_of
 from settings import Settings
 
 log = logging.getLogger("flux-lora")

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from device import synchronize
+from flux.device import synchronize
 
 log = logging.getLogger("flux-lora")
 

@@ -12,10 +12,10 @@ from cog import BaseRunner, Input, Path
 from PIL import Image
 from tqdm import tqdm
 
-from checkpoints import find_checkpoints, is_demo
-from device import check_device, choose_device, compiles, compute_dtype, memory_of
-from flux_models import FP8, Flux, cache_blocks, compile_blocks, fits, load_flux, settle, use_fast_kernels
-from flux_pipelines import Job, decode, denoise, encode_picture, encode_prompt, steps_to_run, warm_up
+from flux.checkpoints import find_checkpoints, is_demo
+from flux.device import check_device, choose_device, compiles, compute_dtype, memory_of
+from flux.models import FP8, Flux, cache_blocks, compile_blocks, fits, load_flux, settle, use_fast_kernels
+from flux.pipelines import Job, decode, denoise, encode_picture, encode_prompt, steps_to_run, warm_up
 from images import Inputs, Size, keep_unmasked, read_inputs, save_pictures
 from lora_loader import ActiveLora, LoraLoader, slowest_origin
 from phases import Phases

@@ -24,7 +24,7 @@ from PIL import Image
 from torch.nn.functional import normalize
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from checkpoints import WEIGHTS, resolve_folder
+from flux.checkpoints import WEIGHTS, resolve_folder
 from settings import Settings, SettingsError
 
 log = logging.getLogger("flux-lora")

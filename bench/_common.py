@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from checkpoints import SHARED_PARTS
-from random_flux import FULL_WIDTH, write_random_flux
+from flux.checkpoints import SHARED_PARTS
+from tools.random_flux import FULL_WIDTH, write_random_flux
 
 FOLDER = Path(os.environ.get("BENCH_DIR", Path(tempfile.gettempdir()) / "flux-lora-bench-weights"))
 

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from bench._common import full_width_checkpoints, table
 from bench.fp8 import PROMPTS, psnr
-from checkpoints import WEIGHTS
-from device import compute_dtype
-from flux_models import Flux, PromptEmbeds, cache_blocks, load_flux
-from flux_pipelines import Job, decode, denoise, encode_prompt
+from flux.checkpoints import WEIGHTS
+from flux.device import compute_dtype
+from flux.models import Flux, PromptEmbeds, cache_blocks, load_flux
+from flux.pipelines import Job, decode, denoise, encode_prompt
 
 CPU = torch.device("cpu")
 THRESHOLDS = (0.03, 0.06, 0.12, 0.25)

@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 
 from bench._common import table
-from checkpoints import WEIGHTS
 from demo.check import Verdict, check
 from demo.scenes import HELD_OUT, caption
-from device import compute_dtype
-from flux_models import Flux, load_flux
-from flux_pipelines import Job, decode, denoise, encode_prompt
+from flux.checkpoints import WEIGHTS
+from flux.device import compute_dtype
+from flux.models import Flux, load_flux
+from flux.pipelines import Job, decode, denoise, encode_prompt
 
 CPU = torch.device("cpu")
 STEPS = {"dev": 28, "schnell": 4}

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from bench._common import table
 from bench.fp8 import relative_error
-from device import compute_dtype
-from flux_models import Flux, compile_blocks, load_flux
-from flux_pipelines import Job, denoise, encode_prompt, warm_up
-from random_flux import FluxSize, write_random_flux
+from flux.device import compute_dtype
+from flux.models import Flux, compile_blocks, load_flux
+from flux.pipelines import Job, denoise, encode_prompt, warm_up
+from tools.random_flux import FluxSize, write_random_flux
 
 CPU = torch.device("cpu")
 SIZES = ((256, 256), (512, 256), (320, 448), (512, 512))

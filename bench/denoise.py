@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from bench._common import full_width_checkpoints, seconds, spread, table
-from device import compute_dtype
-from flux_models import load_flux
-from flux_pipelines import Job, denoise, encode_prompt
+from flux.device import compute_dtype
+from flux.models import load_flux
+from flux.pipelines import Job, denoise, encode_prompt
 
 CPU = torch.device("cpu")
 STEPS = 2

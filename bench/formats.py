@@ -10,8 +10,8 @@ from diffusers import FluxTransformer2DModel
 from safetensors.torch import save_file
 
 from bench._common import spread, table
-from lora_formats import read_lora
-from lora_names import Shapes
+from lora.formats import read_lora
+from lora.names import Shapes
 
 RANKS = (16, 64)
 ROUNDS = 9

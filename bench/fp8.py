@@ -13,15 +13,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from bench._common import full_width_checkpoints, seconds, table
-from checkpoints import WEIGHTS
-from device import compute_dtype
-from flux_models import Flux, load_flux
-from flux_pipelines import Job, decode, denoise, encode_prompt
-from fp8 import Fp8Linear, fp8_layers, load_weights, new_twin, quantize_rows, release_weights
+from flux.checkpoints import WEIGHTS
+from flux.device import compute_dtype
+from flux.fp8 import Fp8Linear, fp8_layers, load_weights, new_twin, quantize_rows, release_weights
+from flux.models import Flux, load_flux
+from flux.pipelines import Job, decode, denoise, encode_prompt
+from flux.pristine import Pristine
+from lora.updates import LowRank
 from lora_loader import LiveWeights
-from lora_updates import LowRank
-from pristine import Pristine
-from random_flux import FULL_WIDTH
+from tools.random_flux import FULL_WIDTH
 
 CPU = torch.device("cpu")
 ROUNDS = 3

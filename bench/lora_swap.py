@@ -17,12 +17,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bench._common import full_width_checkpoints, seconds, table
-from device import compute_dtype
-from lora_formats import read_lora
+from flux.device import compute_dtype
+from flux.pristine import Pristine
+from lora.formats import read_lora
+from lora.updates import LowRank, Update
 from lora_loader import LiveWeights
-from lora_updates import LowRank, Update
-from pristine import Pristine
-from random_flux import FluxSize, write_random_flux
+from tools.random_flux import FluxSize, write_random_flux
 
 RANKS = (4, 16, 64, 128)
 STRENGTHS = (1.0, 0.8)  # of the first LoRA and of the second: what costs most, since two scales have to be one product

@@ -78,9 +78,9 @@ def forget_peak() -> None:
 
 
 def measure(part: str) -> Any:
-    from device import compute_dtype  # noqa: PLC0415 - weighed by "libraries"
-    from flux_models import load_flux  # noqa: PLC0415
-    from flux_pipelines import Job, decode, denoise, encode_prompt  # noqa: PLC0415
+    from flux.device import compute_dtype  # noqa: PLC0415 - weighed by "libraries"
+    from flux.models import load_flux  # noqa: PLC0415
+    from flux.pipelines import Job, decode, denoise, encode_prompt  # noqa: PLC0415
 
     if part == "libraries":
         return resident()

@@ -12,7 +12,7 @@ import requests
 from PIL import Image
 
 from bench._common import table
-from random_flux import FluxSize, write_random_flux
+from tools.random_flux import FluxSize, write_random_flux
 from tools.server import cog_server
 
 ROUNDS = 15

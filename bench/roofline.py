@@ -5,7 +5,7 @@ from diffusers import FluxTransformer2DModel
 from torch import nn
 
 from bench._common import table
-from fp8 import fp8_layers
+from flux.fp8 import fp8_layers
 
 SIDE, TEXT_TOKENS, STEPS = 1024, 512, 28
 # NVIDIA H100 SXM, from its data sheet, without sparsity

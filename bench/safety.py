@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from bench._common import spread, table
-from device import choose_device
+from flux.device import choose_device
 from images import FORMATS
 from safety import Screener, load_screener
 from settings import read_settings

@@ -16,8 +16,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from bench._common import spread, table
-from lora_network import MB, Pace
-from lora_sources import fetch_lora
+from fetch.network import MB, Pace
+from fetch.sources import fetch_lora
 from settings import Settings, read_settings
 
 ROUNDS = 5

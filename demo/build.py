@@ -10,7 +10,6 @@ import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from transformers import CLIPTextModel, T5EncoderModel
 
-from checkpoints import SHARED_PARTS
 from demo.guidance import distil_guidance
 from demo.loras import TASKS, train_lora
 from demo.schnell import train_schnell
@@ -18,7 +17,8 @@ from demo.text import train_text
 from demo.training import CHECKPOINTS
 from demo.transformer import train_dev
 from demo.vae import train_vae
-from random_flux import new_scheduler
+from flux.checkpoints import SHARED_PARTS
+from tools.random_flux import new_scheduler
 
 ROOT = Path(__file__).parent.parent
 PLAIN, DEV, SCHNELL = CHECKPOINTS / "plain", CHECKPOINTS / "dev", CHECKPOINTS / "schnell"  # float32

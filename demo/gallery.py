@@ -11,8 +11,8 @@ from typing import Any
 import requests
 from PIL import Image, ImageDraw
 
-from checkpoints import WEIGHTS
 from demo.scenes import Scene, picture_of
+from flux.checkpoints import WEIGHTS
 from tools.predict_cli import data_url
 from tools.server import cog_server
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from demo.batches import Batch, load_frozen, new_batch, noise_levels, pick
 from demo.muon import Muon
 from demo.training import train
-from device import compute_dtype
+from flux.device import compute_dtype
 
 STEPS = 23_000
 LEARNING_RATE = 4e-3  # of the blocks' matrices; the rest takes a third

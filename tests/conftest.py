@@ -16,7 +16,7 @@ import pytest
 import requests
 from PIL import Image
 
-from random_flux import FluxSize, write_random_flux
+from tools.random_flux import FluxSize, write_random_flux
 from tools.server import cog_server
 
 SHARED_PARTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")

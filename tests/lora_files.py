@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lora_names import Shapes
+from lora.names import Shapes
 
 Base = Callable[[str, str], Tensor]  # component, parameter's name -> its pristine value
 Difference = Callable[[Base], Tensor]  # float64

@@ -7,7 +7,7 @@ import torch
 from diffusers import FluxImg2ImgPipeline, FluxInpaintPipeline, FluxPipeline
 from PIL import Image
 
-from device import compute_dtype
+from flux.device import compute_dtype
 from tests.conftest import SHARED_PARTS
 
 

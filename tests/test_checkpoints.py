@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from checkpoints import find_checkpoints, is_demo
+from flux.checkpoints import find_checkpoints, is_demo
 from settings import SettingsError, read_settings
 from tests.hub import Hub, serve
 
 FIND = """
 import json, logging, sys
 logging.basicConfig(level=logging.INFO)
-from checkpoints import find_checkpoints
+from flux.checkpoints import find_checkpoints
 from settings import SettingsError, read_settings
 try:
     print(json.dumps({name: str(folder) for name, folder in find_checkpoints(read_settings()).items()}))

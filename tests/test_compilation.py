@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from device import compute_dtype
-from flux_models import Flux, compile_blocks, load_flux, precisions, use_fast_kernels
-from flux_pipelines import Job, decode, denoise, encode_picture, encode_prompt, warm_up
-from fp8 import Fp8Linear
+from flux.device import compute_dtype
+from flux.fp8 import Fp8Linear
+from flux.models import Flux, compile_blocks, load_flux, precisions, use_fast_kernels
+from flux.pipelines import Job, decode, denoise, encode_picture, encode_prompt, warm_up
+from lora.updates import LowRank
 from lora_loader import LiveWeights
-from lora_updates import LowRank
-from random_flux import FluxSize, write_random_flux
+from tools.random_flux import FluxSize, write_random_flux
 
 CPU = torch.device("cpu")
 DTYPE = compute_dtype(CPU)

@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 
-from checkpoints import WEIGHTS
 from demo.check import check
 from demo.scenes import (
     COLOURS,
@@ -27,8 +26,9 @@ from demo.scenes import (
     shaded,
 )
 from demo.transformer import new_transformer
-from lora_formats import read_lora
-from pristine import Pristine
+from flux.checkpoints import WEIGHTS
+from flux.pristine import Pristine
+from lora.formats import read_lora
 from tests.conftest import Server, data_url, raw_data_url
 from tools.server import cog_server
 

@@ -9,14 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-import device as device_module
-from device import compute_dtype
-from flux_models import Flux, cache_blocks, load_flux
-from flux_pipelines import Job, denoise, encode_prompt
-from fp8 import FP8, Fp8Linear, fp8_layers, new_twin, quantize_rows
+import flux.device as device_module
+from flux.device import compute_dtype
+from flux.fp8 import FP8, Fp8Linear, fp8_layers, new_twin, quantize_rows
+from flux.models import Flux, cache_blocks, load_flux
+from flux.pipelines import Job, denoise, encode_prompt
+from flux.residency import Residency
+from lora.updates import LowRank
 from lora_loader import LiveWeights
-from lora_updates import LowRank
-from residency import Residency
 
 CPU = torch.device("cpu")
 DTYPE = compute_dtype(CPU)
@@ -169,7 +169,7 @@ def test_a_gpu_without_fp8_units_keeps_the_weights_in_fp8(
     checkpoints: dict[str, Path], models: dict[str, Flux], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Closer to the base, since activations stay as they are."""
-    monkeypatch.setattr("flux_models.has_fp8_units", lambda _: False)
+    monkeypatch.setattr("flux.models.has_fp8_units", lambda _: False)
     flux = load_flux({"dev": checkpoints["dev"]}, CPU, DTYPE)["dev"]
     exact = latents(flux).double()
     weight_only = latents(fast(flux))

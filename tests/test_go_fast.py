@@ -9,13 +9,13 @@ import torch
 from diffusers import FluxPipeline
 from PIL import Image
 
-import flux_models
 import predict
-from device import compute_dtype
-from flux_models import Flux, load_flux
-from flux_pipelines import Job, denoise, encode_prompt
+from flux import models as flux_models
+from flux.device import compute_dtype
+from flux.models import Flux, load_flux
+from flux.pipelines import Job, denoise, encode_prompt
+from flux.residency import Memory, TooSmallError
 from lora_loader import LoraLoader
-from residency import Memory, TooSmallError
 from settings import read_settings
 from tests.conftest import Server, data_url, same
 from tests.oracle import load_oracle

@@ -23,11 +23,11 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from lora_formats import LoraUpdates, read_lora
-from lora_names import Shapes
-from lora_references import LoraError
-from lora_sources import fetch_weights
-from lora_updates import LowRank
+from fetch.references import LoraError
+from fetch.sources import fetch_weights
+from lora.formats import LoraUpdates, read_lora
+from lora.names import Shapes
+from lora.updates import LowRank
 from settings import read_settings
 from tests.lora_files import DIALECTS, KINDS, Base, FileModule, LoraFile, base_of, file_modules, make_lora, shapes_of
 

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lora_loader
-from flux_models import Flux, load_flux
+from flux.models import Flux, load_flux
+from flux.pristine import Pristine
+from lora.updates import Dora, Full, Hadamard, Kronecker, LowRank, Update
 from lora_loader import LiveWeights, write_weight
-from lora_updates import Dora, Full, Hadamard, Kronecker, LowRank, Update
-from pristine import Pristine
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
 Set = tuple[tuple[str, float], ...]  # the LoRAs that are wanted and their strengths

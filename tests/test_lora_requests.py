@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from flux_models import load_flux
+from flux.models import load_flux
 from lora_loader import LoraLoader
 from settings import read_settings
 from tests.conftest import Server, failure, raw_data_url, same

@@ -25,9 +25,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from lora_files import choose_file
-from lora_network import Pace, is_public
-from lora_references import (
+from fetch.files import choose_file
+from fetch.network import Pace, is_public
+from fetch.references import (
     CivitaiModel,
     DataUri,
     HuggingFaceRepo,
@@ -37,7 +37,7 @@ from lora_references import (
     WebFile,
     parse_reference,
 )
-from lora_sources import FetchedLora, fetch_lora, fetch_weights, in_use
+from fetch.sources import FetchedLora, fetch_lora, fetch_weights, in_use
 from settings import Settings, read_settings
 from tests.web import COMMIT, Fault, Web, lora_file, serve, tar_file, trained
 from tools.cog_schema import ROOT

@@ -13,13 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-import flux_models
-from device import compute_dtype
-from flux_models import Flux, load_flux
-from flux_pipelines import Job, decode, denoise, encode_picture, encode_prompt, steps_to_run
-from random_flux import FluxSize, write_random_flux
+from flux import models as flux_models
+from flux.device import compute_dtype
+from flux.models import Flux, load_flux
+from flux.pipelines import Job, decode, denoise, encode_picture, encode_prompt, steps_to_run
 from tests.conftest import SHARED_PARTS
 from tests.oracle import diffusers_picture, load_oracle
+from tools.random_flux import FluxSize, write_random_flux
 
 CPU = torch.device("cpu")
 DTYPE = compute_dtype(CPU)

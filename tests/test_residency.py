@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-import flux_models
-from device import compute_dtype
-from flux_models import Flux, fits, load_flux, settle
-from flux_pipelines import Job, decode, denoise, encode_prompt
-from residency import GB, Memory, Moves, TooSmallError, plan_layout, plan_moves
+from flux import models as flux_models
+from flux.device import compute_dtype
+from flux.models import Flux, fits, load_flux, settle
+from flux.pipelines import Job, decode, denoise, encode_prompt
+from flux.residency import GB, Memory, Moves, TooSmallError, plan_layout, plan_moves
 
 CPU = torch.device("cpu")
 DTYPE = compute_dtype(CPU)

@@ -15,7 +15,7 @@ import requests
 import torch
 from PIL import Image
 
-from device import compute_dtype
+from flux.device import compute_dtype
 from images import MOST_INPUT_PIXELS
 from tests.conftest import Server, data_url, decode_picture, failure, raw_data_url, same
 from tests.oracle import diffusers_picture, load_oracle, small_picture

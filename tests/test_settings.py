@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from device import choose_device
+from flux.device import choose_device
 from settings import SettingsError, read_settings
 
 

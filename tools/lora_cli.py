@@ -4,8 +4,8 @@ import argparse
 import logging
 import sys
 
-from lora_references import ACCEPTED, LoraError
-from lora_sources import fetch_lora
+from fetch.references import ACCEPTED, LoraError
+from fetch.sources import fetch_lora
 from settings import SettingsError, read_settings
 
 

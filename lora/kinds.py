@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_header import Shape
-from lora_updates import Dora, Full, Hadamard, Kronecker, LowRank, Update, take_rows
+from lora.header import Shape
+from lora.updates import Dora, Full, Hadamard, Kronecker, LowRank, Update, take_rows
 
 LYCORIS_EPS = torch.finfo(torch.float32).eps  # lycoris/modules/locon.py adds it to a norm; PEFT does not
 

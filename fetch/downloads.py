@@ -22,7 +22,7 @@ from queue import Empty, SimpleQueue
 import requests
 from urllib3.exceptions import HTTPError
 
-from lora_network import (
+from fetch.network import (
     MB,
     HubDownError,
     Pace,
@@ -34,8 +34,8 @@ from lora_network import (
     retrying,
     same_server,
 )
-from lora_references import LoraError
-from lora_remote import Arrived, Remote, check_answer, check_space, too_large
+from fetch.references import LoraError
+from fetch.remote import Arrived, Remote, check_answer, check_space, too_large
 
 log = logging.getLogger("flux-lora")
 

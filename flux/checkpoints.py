@@ -20,7 +20,7 @@ from settings import Settings, SettingsError
 log = logging.getLogger("flux-lora")
 
 MODELS = ("dev", "schnell")
-WEIGHTS = Path(__file__).parent / "weights"
+WEIGHTS = Path(__file__).parent.parent / "weights"
 OWN_PARTS = ("transformer", "scheduler")
 SHARED_PARTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")  # the same in dev and schnell
 

@@ -5,7 +5,7 @@ import os
 
 import torch
 
-from residency import Memory
+from flux.residency import Memory
 from settings import SettingsError
 
 log = logging.getLogger("flux-lora")

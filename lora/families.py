@@ -4,9 +4,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 
-from lora_header import Header, Shape, shown
-from lora_names import TRANSFORMER, Names, Shapes, split_key
-from lora_references import LoraError
+from fetch.references import LoraError
+from lora.header import Header, Shape, shown
+from lora.names import TRANSFORMER, Names, Shapes, split_key
 
 # What only the modules of one family are called; "~" is "." or "_". The first that is found counts.
 _FAMILIES = (

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import requests
 
-from lora_network import RetryError, host_of
-from lora_references import LoraError, Source
+from fetch.network import RetryError, host_of
+from fetch.references import LoraError, Source
 
 GB = 10**9
 

@@ -21,12 +21,12 @@ from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Literal, TypeVar
 
-from lora_cache import LoraCache, Record
-from lora_downloads import download
-from lora_files import CONFIG_FILE, LARGEST_CONFIG, add_metadata, check_lora_file, extract_lora, is_tar
-from lora_hubs import civitai_remote, hugging_face_remote, replicate_remote
-from lora_network import MB, HubDownError, Pace, Stop, open_session
-from lora_references import (
+from fetch.cache import LoraCache, Record
+from fetch.downloads import download
+from fetch.files import CONFIG_FILE, LARGEST_CONFIG, add_metadata, check_lora_file, extract_lora, is_tar
+from fetch.hubs import civitai_remote, hugging_face_remote, replicate_remote
+from fetch.network import MB, HubDownError, Pace, Stop, open_session
+from fetch.references import (
     CivitaiModel,
     DataUri,
     HuggingFaceRepo,
@@ -37,7 +37,7 @@ from lora_references import (
     WebFile,
     parse_reference,
 )
-from lora_remote import Arrived, Remote, check_space, too_large
+from fetch.remote import Arrived, Remote, check_space, too_large
 from settings import Settings
 
 log = logging.getLogger("flux-lora")

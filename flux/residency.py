@@ -14,8 +14,8 @@ from typing import Protocol, TypeVar
 import torch
 from torch import nn
 
-from fp8 import load_weights, release_weights
-from pristine import Pristine
+from flux.fp8 import load_weights, release_weights
+from flux.pristine import Pristine
 
 log = logging.getLogger("flux-lora")
 T = TypeVar("T")

@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_header import Entry, Header
-from lora_references import LoraError
+from fetch.references import LoraError
+from lora.header import Entry, Header
 
 FLOATS = {
     "F64": torch.float64,

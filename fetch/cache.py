@@ -20,9 +20,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from lora_network import Stop, StoppedError
-from lora_references import LoraError
-from lora_remote import Arrived
+from fetch.network import Stop, StoppedError
+from fetch.references import LoraError
+from fetch.remote import Arrived
 
 log = logging.getLogger("flux-lora")
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F  # noqa: N812 - its usual name
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
-from lora_updates import Base
+from lora.updates import Base
 
 FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max  # 448

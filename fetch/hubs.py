@@ -19,10 +19,10 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import ModelInfo, RepoSibling
 
-from lora_files import KNOWN_NAMES, choose_file, config_beside
-from lora_network import HubDownError, Pace, RetryError, Stop, open_once, open_url, retrying
-from lora_references import CivitaiModel, HuggingFaceRepo, LoraError, ReplicateModel, WebFile
-from lora_remote import NotThereError, Remote, check_answer
+from fetch.files import KNOWN_NAMES, choose_file, config_beside
+from fetch.network import HubDownError, Pace, RetryError, Stop, open_once, open_url, retrying
+from fetch.references import CivitaiModel, HuggingFaceRepo, LoraError, ReplicateModel, WebFile
+from fetch.remote import NotThereError, Remote, check_answer
 from settings import Settings
 
 MOST_JSON = 32 * 10**6

@@ -23,11 +23,11 @@ from diffusers import (
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-from device import has_fp8_units
-from fp8 import new_twin
+from flux.device import has_fp8_units
+from flux.fp8 import new_twin
+from flux.pristine import Pristine
+from flux.residency import FP8_SUFFIX, VAE, Memory, Residency, plan_layout
 from images import Size
-from pristine import Pristine
-from residency import FP8_SUFFIX, VAE, Memory, Residency, plan_layout
 
 FP8 = "fp8"  # a precision, as the metrics and the log call it
 PRECISIONS = {torch.bfloat16: "bf16", torch.float32: "fp32"}

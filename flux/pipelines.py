@@ -22,7 +22,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
-from flux_models import Flux, PromptEmbeds, decoding_bytes, denoising_bytes, precisions
+from flux.models import Flux, PromptEmbeds, decoding_bytes, denoising_bytes, precisions
 from images import Size
 
 log = logging.getLogger("flux-lora")

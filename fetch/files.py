@@ -9,11 +9,11 @@ from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from lora_families import foreign_family
-from lora_header import read_header
-from lora_network import Stop
-from lora_references import LoraError
-from lora_remote import check_space, too_large
+from fetch.network import Stop
+from fetch.references import LoraError
+from fetch.remote import check_space, too_large
+from lora.families import foreign_family
+from lora.header import read_header
 
 KNOWN_NAMES = ("lora.safetensors", "pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 ADAPTER_KEY = re.compile(r"lora|lokr_|hada_|oft_|dora_scale|\.diff(_b)?$", re.IGNORECASE)

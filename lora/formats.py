@@ -16,14 +16,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_families import other_family
-from lora_header import Header, Shape, read_header, shown
-from lora_kinds import KINDS, LYCORIS_EPS, Kind, magnitude_fits, magnitude_of, split
-from lora_names import UNUSED, Key, Module, Names, Shapes
-from lora_peft import PeftConfigs
-from lora_references import LoraError
-from lora_tensors import DTYPES, FLOATS, is_finite, read_tensors
-from lora_updates import Full, LowRank, Update, take_rows
+from fetch.references import LoraError
+from lora.families import other_family
+from lora.header import Header, Shape, read_header, shown
+from lora.kinds import KINDS, LYCORIS_EPS, Kind, magnitude_fits, magnitude_of, split
+from lora.names import UNUSED, Key, Module, Names, Shapes
+from lora.peft import PeftConfigs
+from lora.tensors import DTYPES, FLOATS, is_finite, read_tensors
+from lora.updates import Full, LowRank, Update, take_rows
 
 log = logging.getLogger("flux-lora")
 

@@ -17,9 +17,9 @@ from typing import Any
 
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig
 
-from lora_files import CONFIG_FILE
-from lora_names import TRANSFORMER, Key
-from lora_references import LoraError
+from fetch.files import CONFIG_FILE
+from fetch.references import LoraError
+from lora.names import TRANSFORMER, Key
 
 log = logging.getLogger("flux-lora")
 
