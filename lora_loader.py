@@ -17,7 +17,6 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
-from fetch.network import MB
 from fetch.sources import FetchedLora, fetch_lora, fetch_weights, in_use
 from flux.device import multiplies_bf16
 from flux.models import Flux
@@ -25,7 +24,7 @@ from flux.pristine import Pristine
 from lora.formats import LoraUpdates, read_lora
 from lora.names import CLIP, T5, TRANSFORMER
 from lora.updates import Base, LowRank, Update, rank_of
-from settings import Settings
+from settings import MB, Settings
 
 log = logging.getLogger("flux-lora")
 

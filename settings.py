@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+MB = 10**6
 GB = 10**9
 SAFETY_MODELS = ("two-stage", "vit", "open-nsfw")
 T = TypeVar("T")

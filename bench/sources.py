@@ -16,9 +16,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from bench._common import spread, table
-from fetch.network import MB, Pace
+from fetch.network import Pace
 from fetch.sources import fetch_lora
-from settings import Settings, read_settings
+from settings import MB, Settings, read_settings
 
 ROUNDS = 5
 LIMIT = 20 * MB  # bytes a second of each connection

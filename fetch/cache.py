@@ -21,8 +21,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from fetch.network import Stop, StoppedError
-from fetch.references import LoraError
 from fetch.remote import Arrived
+from lora.errors import LoraError
 
 log = logging.getLogger("flux-lora")
 

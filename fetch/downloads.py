@@ -22,20 +22,10 @@ from queue import Empty, SimpleQueue
 import requests
 from urllib3.exceptions import HTTPError
 
-from fetch.network import (
-    MB,
-    HubDownError,
-    Pace,
-    RetryError,
-    Stop,
-    host_of,
-    open_url,
-    plain_reason,
-    retrying,
-    same_server,
-)
-from fetch.references import LoraError
+from fetch.network import HubDownError, Pace, RetryError, Stop, host_of, open_url, plain_reason, retrying, same_server
 from fetch.remote import Arrived, Remote, check_answer, check_space, too_large
+from lora.errors import LoraError
+from settings import MB
 
 log = logging.getLogger("flux-lora")
 

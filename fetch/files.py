@@ -10,8 +10,8 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from fetch.network import Stop
-from fetch.references import LoraError
 from fetch.remote import check_space, too_large
+from lora.errors import LoraError
 from lora.families import foreign_family
 from lora.header import read_header
 

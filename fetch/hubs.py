@@ -21,8 +21,9 @@ from huggingface_hub.hf_api import ModelInfo, RepoSibling
 
 from fetch.files import KNOWN_NAMES, choose_file, config_beside
 from fetch.network import HubDownError, Pace, RetryError, Stop, open_once, open_url, retrying
-from fetch.references import CivitaiModel, HuggingFaceRepo, LoraError, ReplicateModel, WebFile
+from fetch.references import CivitaiModel, HuggingFaceRepo, ReplicateModel, WebFile
 from fetch.remote import NotThereError, Remote, check_answer
+from lora.errors import LoraError
 from settings import Settings
 
 MOST_JSON = 32 * 10**6

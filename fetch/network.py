@@ -20,9 +20,9 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import HTTPError, NameResolutionError
 
-from fetch.references import LoraError
+from lora.errors import LoraError
+from settings import MB
 
-MB = 10**6
 T = TypeVar("T")
 MOST_REDIRECTS = 5
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052: the last four bytes are an IPv4 address

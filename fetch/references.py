@@ -4,6 +4,8 @@ import re
 from dataclasses import dataclass, field
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit, urlunsplit
 
+from lora.errors import LoraError
+
 ACCEPTED = (
     "a Replicate model <owner>/<name> or <owner>/<name>/<version>, huggingface.co/<owner>/<name> with or without "
     "/<file>.safetensors, civitai.com/models/<id>, the http(s) address of a .safetensors file, or a data: URI"
@@ -15,10 +17,6 @@ OWNER, NAME, VERSION = r"[a-z0-9][a-z0-9_-]*", r"[a-z0-9][a-z0-9._-]*", r"[a-z0-
 NOT_OWNERS = ("api", "collections", "datasets", "docs", "models", "spaces")  # first parts of other Hugging Face pages
 LONGEST_SHOWN = 100
 MOST_TEXT = 4096  # characters of a reference that is no data: URI
-
-
-class LoraError(ValueError):
-    """A LoRA cannot be had; the message is one sentence for the person who asked, without a secret."""
 
 
 @dataclass(frozen=True)

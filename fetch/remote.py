@@ -10,9 +10,9 @@ from pathlib import Path
 import requests
 
 from fetch.network import RetryError, host_of
-from fetch.references import LoraError, Source
-
-GB = 10**9
+from fetch.references import Source
+from lora.errors import LoraError
+from settings import GB
 
 
 @dataclass(frozen=True)

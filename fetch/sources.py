@@ -25,20 +25,20 @@ from fetch.cache import LoraCache, Record
 from fetch.downloads import download
 from fetch.files import CONFIG_FILE, LARGEST_CONFIG, add_metadata, check_lora_file, extract_lora, is_tar
 from fetch.hubs import civitai_remote, hugging_face_remote, replicate_remote
-from fetch.network import MB, HubDownError, Pace, Stop, open_session
+from fetch.network import HubDownError, Pace, Stop, open_session
 from fetch.references import (
     CivitaiModel,
     DataUri,
     HuggingFaceRepo,
     LocalFile,
-    LoraError,
     ReplicateModel,
     Source,
     WebFile,
     parse_reference,
 )
 from fetch.remote import Arrived, Remote, check_space, too_large
-from settings import Settings
+from lora.errors import LoraError
+from settings import MB, Settings
 
 log = logging.getLogger("flux-lora")
 

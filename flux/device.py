@@ -2,15 +2,23 @@
 
 import logging
 import os
+from dataclasses import dataclass
 
 import torch
 
-from flux.residency import Memory
 from settings import SettingsError
 
 log = logging.getLogger("flux-lora")
 
 RESERVED_BYTES = 600 * 10**6  # of a GPU's memory, for kernels, their workspaces and what torch's allocator cannot use
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes for weights and activations on the device, and for mapped files on the host."""
+
+    device: int
+    host: int
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -5,14 +5,12 @@ arrive, so nothing is calibrated and the same input always gives the same output
 product, the same call on every device; where its kernel cannot be used, the weight alone is fp8 (`weight_only`).
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
-
-from lora.updates import Base
 
 FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max  # 448
@@ -92,7 +90,7 @@ def fp8_layers(transformer: nn.Module) -> list[str]:
 
 
 @torch.no_grad()
-def load_weights(module: nn.Module, pristine: Base, device: torch.device) -> None:
+def load_weights(module: nn.Module, pristine: Callable[[str], Tensor], device: torch.device) -> None:
     """Give every parameter new storage on `device` and its pristine value, quantized where the layer is fp8.
 
     One weight at a time goes over in the file's precision. Each parameter stays the object that it is, so that what was

@@ -23,10 +23,10 @@ from diffusers import (
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-from flux.device import has_fp8_units
+from flux.device import Memory, has_fp8_units
 from flux.fp8 import new_twin
 from flux.pristine import Pristine
-from flux.residency import FP8_SUFFIX, VAE, Memory, Residency, plan_layout
+from flux.residency import FP8_SUFFIX, VAE, Residency, plan_layout
 from images import Size
 
 FP8 = "fp8"  # a precision, as the metrics and the log call it

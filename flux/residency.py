@@ -14,27 +14,20 @@ from typing import Protocol, TypeVar
 import torch
 from torch import nn
 
+from flux.device import Memory
 from flux.fp8 import load_weights, release_weights
 from flux.pristine import Pristine
+from settings import GB
 
 log = logging.getLogger("flux-lora")
 T = TypeVar("T")
 
-GB = 10**9
 VAE = "VAE"
 FP8_SUFFIX = " fp8"
 
 
 class TooSmallError(RuntimeError):
     """The device cannot hold what is needed at once; the message says what it needs."""
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes for weights and activations on the device, and for mapped files on the host."""
-
-    device: int
-    host: int
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 
-from fetch.references import LoraError
+from lora.errors import LoraError
 from lora.header import Header, Shape, shown
 from lora.names import TRANSFORMER, Names, Shapes, split_key
 

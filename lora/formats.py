@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fetch.references import LoraError
+from lora.errors import LoraError
 from lora.families import other_family
 from lora.header import Header, Shape, read_header, shown
 from lora.kinds import KINDS, LYCORIS_EPS, Kind, magnitude_fits, magnitude_of, split

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from fetch.references import LoraError
+from lora.errors import LoraError
 
 MOST_TENSORS = 50_000  # FLUX.1 has 1,500 parameters
 

@@ -18,7 +18,7 @@ from typing import Any
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig
 
 from fetch.files import CONFIG_FILE
-from fetch.references import LoraError
+from lora.errors import LoraError
 from lora.names import TRANSFORMER, Key
 
 log = logging.getLogger("flux-lora")

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fetch.references import LoraError
+from lora.errors import LoraError
 from lora.header import Entry, Header
 
 FLOATS = {

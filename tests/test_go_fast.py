@@ -11,10 +11,10 @@ from PIL import Image
 
 import predict
 from flux import models as flux_models
-from flux.device import compute_dtype
+from flux.device import Memory, compute_dtype
 from flux.models import Flux, load_flux
 from flux.pipelines import Job, denoise, encode_prompt
-from flux.residency import Memory, TooSmallError
+from flux.residency import TooSmallError
 from lora_loader import LoraLoader
 from settings import read_settings
 from tests.conftest import Server, data_url, same

@@ -23,8 +23,8 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from fetch.references import LoraError
 from fetch.sources import fetch_weights
+from lora.errors import LoraError
 from lora.formats import LoraUpdates, read_lora
 from lora.names import Shapes
 from lora.updates import LowRank

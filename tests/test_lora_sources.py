@@ -27,17 +27,9 @@ from safetensors import safe_open
 
 from fetch.files import choose_file
 from fetch.network import Pace, is_public
-from fetch.references import (
-    CivitaiModel,
-    DataUri,
-    HuggingFaceRepo,
-    LoraError,
-    ReplicateModel,
-    Source,
-    WebFile,
-    parse_reference,
-)
+from fetch.references import CivitaiModel, DataUri, HuggingFaceRepo, ReplicateModel, Source, WebFile, parse_reference
 from fetch.sources import FetchedLora, fetch_lora, fetch_weights, in_use
+from lora.errors import LoraError
 from settings import Settings, read_settings
 from tests.web import COMMIT, Fault, Web, lora_file, serve, tar_file, trained
 from tools.cog_schema import ROOT

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from flux import models as flux_models
-from flux.device import compute_dtype
+from flux.device import Memory, compute_dtype
 from flux.models import Flux, fits, load_flux, settle
 from flux.pipelines import Job, decode, denoise, encode_prompt
-from flux.residency import GB, Memory, Moves, TooSmallError, plan_layout, plan_moves
+from flux.residency import Moves, TooSmallError, plan_layout, plan_moves
+from settings import GB
 
 CPU = torch.device("cpu")
 DTYPE = compute_dtype(CPU)

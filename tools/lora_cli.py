@@ -4,8 +4,9 @@ import argparse
 import logging
 import sys
 
-from fetch.references import ACCEPTED, LoraError
+from fetch.references import ACCEPTED
 from fetch.sources import fetch_lora
+from lora.errors import LoraError
 from settings import SettingsError, read_settings
 
 
