@@ -21,7 +21,7 @@ from fetch.sources import FetchedLora, fetch_lora, fetch_weights, in_use
 from flux.device import multiplies_bf16
 from flux.models import Flux
 from flux.pristine import Pristine
-from lora.formats import LoraUpdates, read_lora
+from lora.formats import Adapter, read_lora
 from lora.names import CLIP, T5, TRANSFORMER
 from lora.updates import Base, LowRank, Update, rank_of
 from settings import MB, Settings
@@ -46,15 +46,14 @@ class Lora:
 
     name: str  # for people
     sha256: str
-    file: LoraUpdates
+    adapter: Adapter
 
     @cached_property
     def nbytes(self) -> int:
         storages = {
             tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-            for updates in self.file.updates.values()
-            for several in updates.values()
-            for update in several
+            for updates in self.adapter.updates.values()
+            for update in updates.values()
             for tensor in update.tensors()
         }
         return sum(storages.values())
@@ -254,9 +253,8 @@ class LoraLoader:
             live = self._live.setdefault(module, LiveWeights(module, flux.pristine[component]))
             wanted: dict[str, list[tuple[str, float, Update]]] = {}
             for active in loras:
-                for name, updates in active.lora.file.updates.get(component, {}).items():
-                    parts = [(active.lora.sha256, active.strength, update) for update in updates]
-                    wanted.setdefault(name, []).extend(parts)
+                for name, update in active.lora.adapter.updates.get(component, {}).items():
+                    wanted.setdefault(name, []).append((active.lora.sha256, active.strength, update))
             live.wanted = wanted
             if self.residency.has(module):
                 counts = live.apply(wanted)
@@ -269,7 +267,7 @@ class LoraLoader:
             sorted(
                 (active.lora.sha256, active.strength)
                 for active in loras
-                if any(active.lora.file.updates.get(component) for component in TEXT_ENCODERS)
+                if any(active.lora.adapter.updates.get(component) for component in TEXT_ENCODERS)
             )
         )
 
@@ -282,12 +280,12 @@ def slowest_origin(loras: Sequence[ActiveLora]) -> str:
 
 def _describe(active: ActiveLora) -> str:
     """One line for the log: what it is, where it came from and what it changes."""
-    file = active.lora.file
-    updates = [update for several in file.updates.values() for parts in several.values() for update in parts]
+    adapter = active.lora.adapter
+    updates = [update for changed in adapter.updates.values() for update in changed.values()]
     ranks = sorted({rank for rank in map(rank_of, updates) if rank is not None})
     rank = f", rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "") if ranks else ""
-    counts = ", ".join(f"{len(several)} of {component}" for component, several in file.updates.items() if several)
+    counts = ", ".join(f"{len(changed)} of {component}" for component, changed in adapter.updates.items() if changed)
     return (
-        f"{active.lora.name} at {active.strength:g} (from {active.origin}): {file.dialect}{rank}, "
+        f"{active.lora.name} at {active.strength:g} (from {active.origin}): {adapter.dialect}{rank}, "
         f"{active.lora.nbytes / MB:.1f} MB, changes {counts}"
     )

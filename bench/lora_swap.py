@@ -79,7 +79,7 @@ def parsed(tensors: Tensors, pristine: Pristine, name: str) -> Parts:
         path = Path(folder) / "lora.safetensors"
         save_file({f"transformer.{key}": tensor for key, tensor in tensors.items()}, path)
         updates = read_lora(path, {"transformer": pristine.shapes}, name).updates["transformer"]
-    return {parameter: [(name, 1.0, update) for update in several] for parameter, several in updates.items()}
+    return {parameter: [(name, 1.0, update)] for parameter, update in updates.items()}
 
 
 def together(*loras: Parts) -> Parts:

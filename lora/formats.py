@@ -36,11 +36,11 @@ WORDS = {"down": "lora_A or lora_down", "up": "lora_B or lora_up"}
 
 
 @dataclass(frozen=True)
-class LoraUpdates:
+class Adapter:
     """A LoRA, parsed: what it does to each weight. The tensors are its own, none is a view of the file."""
 
     dialect: str  # who wrote it, for the log
-    updates: Mapping[str, Mapping[str, tuple[Update, ...]]]  # component -> parameter name -> its updates
+    updates: Mapping[str, Mapping[str, Update]]  # component -> parameter name -> what it does to that parameter
 
 
 @dataclass
@@ -61,7 +61,7 @@ class _Group:
         return {"lokr_w1", "lokr_w2"} <= set(self.keys)
 
 
-def read_lora(path: Path, shapes: Shapes, name: str) -> LoraUpdates:
+def read_lora(path: Path, shapes: Shapes, name: str) -> Adapter:
     """The updates in a safetensors file, for a model whose parameters have these `shapes`.
 
     `name` is for people. Raises `LoraError`, one sentence that begins with it.
@@ -70,7 +70,7 @@ def read_lora(path: Path, shapes: Shapes, name: str) -> LoraUpdates:
     groups = _understand(header, shapes, name)
     configs = PeftConfigs(header.metadata, name)
     tensors = read_tensors(path, header, name)
-    updates: dict[str, dict[str, tuple[Update, ...]]] = defaultdict(dict)
+    updates: dict[str, dict[str, Update]] = defaultdict(dict)
     first: dict[tuple[str, str], str] = {}  # where each parameter's update was found
     twice = 0
     for group in groups:
@@ -80,7 +80,7 @@ def read_lora(path: Path, shapes: Shapes, name: str) -> LoraUpdates:
             if part != "alpha" and not is_finite(parts[part]):
                 raise LoraError(f"{name} is damaged: {shown(key)} holds numbers that are not finite.")
         for parameter, update in _updates(group, parts, shapes, configs, name):
-            known = updates[component].setdefault(parameter, (update,))[0]
+            known = updates[component].setdefault(parameter, update)
             other = first.setdefault((component, parameter), stem)
             if known is not update and not _same(known, update):
                 both = f"{shown(other)} and {shown(stem)}"
@@ -88,7 +88,7 @@ def read_lora(path: Path, shapes: Shapes, name: str) -> LoraUpdates:
             twice += known is not update
     if twice:
         log.info("%s names %d weights twice, in two dialects, and says the same of them", name, twice)
-    return LoraUpdates(_writers(groups), dict(updates))
+    return Adapter(_writers(groups), dict(updates))
 
 
 def _same(one: Update, other: Update) -> bool:

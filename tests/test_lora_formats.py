@@ -25,7 +25,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from fetch.sources import fetch_weights
 from lora.errors import LoraError
-from lora.formats import LoraUpdates, read_lora
+from lora.formats import Adapter, read_lora
 from lora.names import Shapes
 from lora.updates import LowRank
 from settings import read_settings
@@ -35,7 +35,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, tor
 SOME = r"[bB]locks?[._]1[._]|final_layer|norm_out|img_in"  # enough of a file to go wrong
 
 Models = dict[str, torch.nn.Module]
-Read = Callable[[LoraFile], LoraUpdates]
+Read = Callable[[LoraFile], Adapter]
 
 
 def new_models(doubles: int, singles: int, *, width: int = 16, guidance: bool = True) -> Models:
@@ -92,15 +92,15 @@ def read(shapes: Shapes, tmp_path_factory: pytest.TempPathFactory) -> Read:
     return lambda file: read_lora(file.save(folder / "lora.safetensors"), shapes, "acme/lora")
 
 
-def differences(lora: LoraUpdates, base: Base) -> dict[tuple[str, str], Tensor]:
+def differences(lora: Adapter, base: Base) -> dict[tuple[str, str], Tensor]:
     return {
-        (component, name): sum(update.difference(lambda one, c=component: base(c, one)) for update in updates)
+        (component, name): update.difference(lambda one, c=component: base(c, one))
         for component, named in lora.updates.items()
-        for name, updates in named.items()
+        for name, update in named.items()
     }
 
 
-def assert_makes(lora: LoraUpdates, file: LoraFile, base: Base) -> None:
+def assert_makes(lora: Adapter, file: LoraFile, base: Base) -> None:
     found = differences(lora, base)
     assert found.keys() == file.makes.keys()
     for where, difference in found.items():
@@ -292,11 +292,11 @@ def test_the_tensors_do_not_need_the_file(shapes: Shapes, base: Base, tmp_path: 
 # Other programs' own readings
 
 
-def probed(lora: LoraUpdates) -> dict[tuple[str, str], Tensor]:
+def probed(lora: Adapter) -> dict[tuple[str, str], Tensor]:
     """Each difference times a vector: matrices of the real size never exist."""
     found = {}
     for component, named in lora.updates.items():
-        for name, (update,) in named.items():
+        for name, update in named.items():
             assert isinstance(update, LowRank)
             vector = torch.linspace(-1, 1, update.down.shape[1])
             found[component, name] = update.scale * update.up.float() @ (update.down.float() @ vector)

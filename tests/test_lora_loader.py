@@ -32,7 +32,7 @@ def flux(checkpoints: dict[str, Path]) -> Flux:
     return load_flux({"dev": checkpoints["dev"]}, torch.device("cpu"), torch.bfloat16)["dev"]
 
 
-def some_updates(shapes: dict[str, torch.Size], seed: int, every: int) -> dict[str, tuple[Update, ...]]:
+def some_updates(shapes: dict[str, torch.Size], seed: int, every: int) -> dict[str, Update]:
     """Updates of every kind, spread over some of the parameters, of the size that trained ones have."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -40,21 +40,21 @@ def some_updates(shapes: dict[str, torch.Size], seed: int, every: int) -> dict[s
         dtype = DTYPES[int(torch.randint(len(DTYPES), (), generator=generator))]
         return (mean + torch.randn(*shape, generator=generator) * std).to(dtype)
 
-    updates: dict[str, tuple[Update, ...]] = {}
+    updates: dict[str, Update] = {}
     for i, (name, shape) in enumerate(list(shapes.items())[seed % every :: every]):
         if len(shape) == 1:
-            updates[name] = (Full(random(*shape)),)
+            updates[name] = Full(random(*shape))
             continue
         rows, columns = shape
         low_rank = LowRank(random(rows, 3), random(3, columns), 0.5)
-        kinds: list[tuple[Update, ...]] = [
-            (low_rank,),
-            (low_rank, LowRank(random(rows, 5), random(5, columns), 2.0)),
-            (Kronecker((random(2, 2),), (random(rows // 2, 1), random(1, columns // 2)), 0.3),),
-            (Hadamard(random(rows, 2), random(2, columns), random(rows, 2), random(2, columns), 1.0),),
-            (Full(random(rows, columns, std=0.01)),),
-            (Dora(low_rank, random(rows, 1, mean=1.0), (name,)),),
-            (Dora(low_rank, random(1, columns, mean=1.0), (name,), eps=1e-6),),
+        kinds: list[Update] = [
+            low_rank,
+            LowRank(random(rows, 5), random(5, columns), 2.0),
+            Kronecker((random(2, 2),), (random(rows // 2, 1), random(1, columns // 2)), 0.3),
+            Hadamard(random(rows, 2), random(2, columns), random(rows, 2), random(2, columns), 1.0),
+            Full(random(rows, columns, std=0.01)),
+            Dora(low_rank, random(rows, 1, mean=1.0), (name,)),
+            Dora(low_rank, random(1, columns, mean=1.0), (name,), eps=1e-6),
         ]
         updates[name] = kinds[i % len(kinds)]
     return updates
@@ -66,15 +66,15 @@ def pristine(flux: Flux) -> Pristine:
 
 
 @pytest.fixture(scope="module")
-def loras(pristine: Pristine) -> dict[str, dict[str, tuple[Update, ...]]]:
+def loras(pristine: Pristine) -> dict[str, dict[str, Update]]:
     return {name: some_updates(pristine.shapes, seed, 3) for seed, name in enumerate("abc")}
 
 
 def parts(loras: dict[str, Any], wanted: Set) -> dict[str, list[tuple[str, float, Update]]]:
     found: dict[str, list[tuple[str, float, Update]]] = {}
     for lora, strength in wanted:
-        for name, updates in loras[lora].items():
-            found.setdefault(name, []).extend((lora, strength, update) for update in updates)
+        for name, update in loras[lora].items():
+            found.setdefault(name, []).append((lora, strength, update))
     return found
 
 
@@ -192,8 +192,8 @@ def test_merged_weights_are_the_float64_sum_rounded(monkeypatch: pytest.MonkeyPa
     names = [f"{i}.weight" for i in range(7)]
     every_kind = list(some_updates(dict.fromkeys(names, shape), 7, 1).values())
     equal = count = 0
-    for first, second in zip(every_kind, [*every_kind[1:], ()], strict=True):
-        weighted = [(0.7, update) for update in first] + [(-0.4, update) for update in second]
+    for first, second in zip(every_kind, [*every_kind[1:], None], strict=True):
+        weighted = [(0.7, first)] + ([(-0.4, second)] if second else [])
         weighted = [(s, replace(u, whole=("0.weight",)) if isinstance(u, Dora) else u) for s, u in weighted]
         with torch.no_grad():
             write_weight(layer, "0.weight", lambda _: weight, weighted)
