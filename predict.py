@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from cog import BaseRunner, Input, Path
 from PIL import Image
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 from flux.checkpoints import find_checkpoints, is_demo
 from flux.device import check_device, choose_device, compiles, compute_dtype, memory_of
-from flux.models import FP8, Flux, cache_blocks, compile_blocks, fits, load_flux, settle, use_fast_kernels
+from flux.models import FP8, Flux, cache_blocks, compile_blocks, fill_device, fits, load_flux, use_fast_kernels
 from flux.pipelines import Job, decode, denoise, encode_picture, encode_prompt, steps_to_run, warm_up
 from images import Inputs, Size, keep_unmasked, read_inputs, save_pictures
 from lora_loader import ActiveLora, LoraLoader, slowest_origin
@@ -29,6 +30,18 @@ logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stde
 METRIC_PHASES = ("lora_fetch", "lora_apply", "encode", "denoise", "decode", "safety", "save")
 INPUT_SAFETY = "safety of the input"  # counted in safety_time
 KEPT_OUTPUT_FOLDERS = 2  # the last request's and this one's
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be drawn, checked and read; the LoRAs come apart from it."""
+
+    prompt: str
+    inputs: Inputs
+    steps: int
+    guidance_scale: float
+    prompt_strength: float
+    seeds: range
 
 
 class Predictor(BaseRunner):
@@ -46,7 +59,7 @@ class Predictor(BaseRunner):
             folders = find_checkpoints(self.settings)
         with phases.time("load models"):
             self.models = load_flux(folders, self.device, compute_dtype(self.device), memory_of(self.device))
-            settle(self.models)
+            fill_device(self.models)
         self.loras = LoraLoader(self.models, self.settings)
         if weights:
             with phases.time("load own LoRA"):
@@ -191,24 +204,8 @@ class Predictor(BaseRunner):
         if inputs.picture is not None and steps_to_run(steps, prompt_strength) == 0:
             pictures = [inputs.picture] * num_outputs
         else:
-
-            def draw() -> list[Image.Image]:
-                with phases.time("lora_apply"):
-                    encoders = self.loras.apply(flux, loras)
-                with phases.time("encode"):
-                    job = Job(
-                        size=inputs.size,
-                        steps=steps,
-                        guidance=guidance_scale,
-                        embeds=encode_prompt(flux, prompt, encoders),
-                        strength=prompt_strength,
-                        posterior=encode_picture(flux, inputs.picture) if inputs.picture else None,
-                        mask=inputs.mask,
-                    )
-                phases.report()
-                return _draw(flux, job, range(seed, seed + num_outputs), inputs.picture, phases)
-
-            pictures = flux.residency.guarded(draw)
+            request = Request(prompt, inputs, steps, guidance_scale, prompt_strength, range(seed, seed + num_outputs))
+            pictures = flux.residency.or_clear(lambda: self._draw(flux, loras, request, phases))
         shown = pictures if disable_safety_checker else self._screen(pictures, phases)
         with phases.time("save"):
             paths = save_pictures(shown, self._fresh_output_folder(), output_format, quality)
@@ -223,6 +220,34 @@ class Predictor(BaseRunner):
         check_device(self.device)
         self.screener.check_health()
         return True
+
+    def _draw(self, flux: Flux, loras: Sequence[ActiveLora], request: Request, phases: Phases) -> list[Image.Image]:
+        """One picture a seed, with one progress bar over the denoising steps of all of them."""
+        inputs = request.inputs
+        with phases.time("lora_apply"):
+            encoders = self.loras.apply(flux, loras)
+        with phases.time("encode"):
+            job = Job(
+                size=inputs.size,
+                steps=request.steps,
+                guidance=request.guidance_scale,
+                embeds=encode_prompt(flux, request.prompt, encoders),
+                strength=request.prompt_strength,
+                posterior=encode_picture(flux, inputs.picture) if inputs.picture else None,
+                mask=inputs.mask,
+            )
+        phases.report()
+        pictures = []
+        with tqdm(total=len(request.seeds) * job.steps_to_run, desc="denoising") as bar:
+            for seed in request.seeds:
+                with phases.time("denoise"):
+                    latents = denoise(flux, job, seed, bar.update)
+                with phases.time("decode"):
+                    picture = decode(flux, latents, job.size)
+                if inputs.picture and inputs.mask:
+                    picture = keep_unmasked(picture, inputs.picture, inputs.mask)
+                pictures.append(picture)
+        return pictures
 
     def _screen_input(self, picture: Image.Image, phases: Phases) -> None:
         with phases.time(INPUT_SAFETY):
@@ -241,14 +266,14 @@ class Predictor(BaseRunner):
                 "%s is the demo model: it draws one plain shape, such as a red circle on a white background", model
             )
         flux = self.models[model]
-        if flux.fast is None or (fast and not custom):
-            return flux.fast or flux
-        if not fits(flux, size):
-            log.warning("the GPU's memory cannot hold %s in %s: it runs in fp8", model, flux.precision)
+        if fast and not custom:
+            return flux.fast
+        if not fits(flux.exact, size):
+            log.warning("the GPU's memory cannot hold %s in %s: it runs in fp8", model, flux.exact.precision)
             return flux.fast
         if fast:
-            log.warning("go_fast: custom sizes run in %s", flux.precision)
-        return flux
+            log.warning("go_fast: custom sizes run in %s", flux.exact.precision)
+        return flux.exact
 
     def _fresh_output_folder(self) -> pathlib.Path:
         """A new temporary folder. Cog's server reads the pictures after run() has returned, so they stay a while."""
@@ -283,18 +308,3 @@ def _usable_seed(seed: int | None, num_outputs: int) -> int:
     if not -(2**63) < seed <= 2**63 - num_outputs:  # beyond 64 bits, JSON's numbers lose their last digits
         raise ValueError(f"seed must be a whole number from {-(2**63) + 1} to {2**63 - num_outputs}.")
     return int(seed)
-
-
-def _draw(flux: Flux, job: Job, seeds: range, original: Image.Image | None, phases: Phases) -> list[Image.Image]:
-    """One picture a seed, with one progress bar over the denoising steps of all of them."""
-    pictures = []
-    with tqdm(total=len(seeds) * job.steps_to_run, desc="denoising") as bar:
-        for seed in seeds:
-            with phases.time("denoise"):
-                latents = denoise(flux, job, seed, bar.update)
-            with phases.time("decode"):
-                picture = decode(flux, latents, job.size)
-            if job.mask is not None and original is not None:
-                picture = keep_unmasked(picture, original, job.mask)
-            pictures.append(picture)
-    return pictures

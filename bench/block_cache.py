@@ -47,7 +47,7 @@ def measure(what: str, flux: Flux, job: Job, thresholds: Sequence[float]) -> Non
     for threshold in thresholds:
         cache_blocks({"": flux}, threshold)
         cached = draw(flux.fast, job)
-        flux.fast.txt2img.transformer.disable_cache()
+        flux.fast.transformer.disable_cache()
         off = psnr(*(decode(flux, picture.latents, job.size) for picture in (cached, plain)))
         faster = f"{plain.seconds / cached.seconds:.2f}"
         rows.append([f"{threshold:g}", cached.full_steps, faster, f"{off:.1f}"])
@@ -62,7 +62,7 @@ def draw(flux: Flux, job: Job) -> Picture:
         nonlocal full_steps
         full_steps += 1
 
-    last = flux.txt2img.transformer.single_transformer_blocks[-1].attn.register_forward_hook(count)
+    last = flux.transformer.single_transformer_blocks[-1].attn.register_forward_hook(count)
     started = time.perf_counter()
     latents = denoise(flux, job, 1, lambda: None)
     seconds = time.perf_counter() - started

@@ -23,13 +23,13 @@ def main() -> None:
     rows = []
     for side in (512, 1024):
         job = Job(size=(side, side), steps=STEPS, guidance=3.0, embeds=embeds)
-        inputs = forward_inputs(flux.txt2img.transformer, lambda job=job: denoise(flux, job, 0, lambda: None))
+        inputs = forward_inputs(flux.transformer, lambda job=job: denoise(flux, job, 0, lambda: None))
         denoising, inside, bare = [], [], []
         for _ in range(ROUNDS):  # in turn, so that the machine's moods meet both
-            timer = ForwardTimer(flux.txt2img.transformer)
+            timer = ForwardTimer(flux.transformer)
             denoising.append(seconds(lambda job=job: denoise(flux, job, 0, lambda: None)))
             inside.append(timer.stop())
-            bare.append(seconds(lambda inputs=inputs: forwards(flux.txt2img.transformer, inputs)))
+            bare.append(seconds(lambda inputs=inputs: forwards(flux.transformer, inputs)))
         of_inside = [a / b for a, b in zip(denoising, inside, strict=True)]
         of_bare = statistics.median(denoising) / statistics.median(bare)
         rows.append([f"{side} x {side}", spread(denoising), spread(bare), f"{of_bare:.3f}", spread(of_inside, 4)])

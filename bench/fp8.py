@@ -117,7 +117,7 @@ def demo_inputs() -> list[dict[str, Tensor]]:
     """What the demo model's transformer gets in eight steps of one picture."""
     flux = load_flux({"dev": WEIGHTS / "demo-dev"}, CPU, torch.float32)["dev"]
     seen: list[dict[str, Tensor]] = []
-    flux.txt2img.transformer.register_forward_pre_hook(lambda _m, _a, kwargs: seen.append(kwargs), with_kwargs=True)
+    flux.transformer.register_forward_pre_hook(lambda _m, _a, kwargs: seen.append(kwargs), with_kwargs=True)
     job = Job((256, 256), 8, 3.0, encode_prompt(flux, PROMPTS[0]))
     denoise(flux, job, 1, lambda: None)
     return [{name: value for name, value in one.items() if name != "return_dict"} for one in seen]
@@ -241,9 +241,9 @@ def pictures() -> None:
         for with_lora in (False, True):
             values, times = [], []
             for one in (flux, flux.fast):
-                one.residency.use(one.txt2img.transformer)
+                one.residency.use(one.transformer)
                 wanted = demo_lora(one) if with_lora else {}
-                LiveWeights(one.txt2img.transformer, one.pristine["transformer"]).apply(wanted)
+                LiveWeights(one.transformer, one.pristine("transformer")).apply(wanted)
             for seed, prompt in enumerate(PROMPTS):
                 started = time.perf_counter()
                 exact = draw(flux, prompt, steps, seed)
@@ -259,14 +259,14 @@ def pictures() -> None:
 
 def demo_lora(flux: Flux) -> dict[str, list[tuple[str, float, LowRank]]]:
     """2% of each weight."""
-    pristine, generator = flux.pristine["transformer"], torch.Generator().manual_seed(1)
+    pristine, generator = flux.pristine("transformer"), torch.Generator().manual_seed(1)
 
     def update(name: str) -> LowRank:
         out, width = pristine.shapes[name]
         up, down = torch.randn(out, 4, generator=generator), torch.randn(4, width, generator=generator)
         return LowRank(up, down, 0.02 * float(pristine(name).float().norm() / (up @ down).norm()))
 
-    return {f"{n}.weight": [("", 1.0, update(f"{n}.weight"))] for n in fp8_layers(flux.txt2img.transformer)}
+    return {f"{n}.weight": [("", 1.0, update(f"{n}.weight"))] for n in fp8_layers(flux.transformer)}
 
 
 def draw(flux: Flux, prompt: str, steps: int, seed: int) -> Image.Image:

@@ -5,15 +5,15 @@ arrive, so nothing is calibrated and the same input always gives the same output
 product, the same call on every device; where its kernel cannot be used, the weight alone is fp8 (`weight_only`).
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
-FP8 = torch.float8_e4m3fn
-LARGEST = torch.finfo(FP8).max  # 448
+E4M3 = torch.float8_e4m3fn
+LARGEST = torch.finfo(E4M3).max  # 448
 SMALLEST_AMPLITUDE = 1e-12  # of a row, so that a row of zeros has a scale
 KERNEL_MULTIPLE = 16  # scaled_mm's kernels take sides that are multiples of this
 CPU_CHUNK = 2**19  # numbers that a CPU quantizes at a time: few enough to stay in its cache
@@ -32,7 +32,7 @@ class Fp8Linear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.weight_only = weight_only or bool(in_features % KERNEL_MULTIPLE or out_features % KERNEL_MULTIPLE)
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=FP8), requires_grad=False)
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=E4M3), requires_grad=False)
         self.register_buffer("scale", torch.empty(out_features, 1, dtype=torch.float32))
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False)
         self.scale: Tensor
@@ -65,7 +65,7 @@ class Fp8Linear(nn.Module):
 def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     """[n, width] of any float dtype -> float8_e4m3fn [n, width] and float32 scales [n, 1] that give the rows back."""
     scale = rows.abs().amax(dim=1, keepdim=True).float().clamp(min=SMALLEST_AMPLITUDE) / LARGEST
-    return (rows / scale).to(FP8), scale
+    return (rows / scale).to(E4M3), scale
 
 
 def new_twin(
@@ -87,36 +87,3 @@ def fp8_layers(transformer: nn.Module) -> list[str]:
     """The names of the linear layers that are fp8 in the twin."""
     modules = transformer.named_modules()
     return [name for name, module in modules if name.startswith(BLOCKS) and isinstance(module, nn.Linear | Fp8Linear)]
-
-
-@torch.no_grad()
-def load_weights(module: nn.Module, pristine: Callable[[str], Tensor], device: torch.device) -> None:
-    """Give every parameter new storage on `device` and its pristine value, quantized where the layer is fp8.
-
-    One weight at a time goes over in the file's precision. Each parameter stays the object that it is, so that what was
-    compiled for it stays valid.
-    """
-    for name, parameter in module.named_parameters():
-        owner = module.get_submodule(name.rpartition(".")[0])
-        if isinstance(owner, Fp8Linear) and parameter is owner.weight:
-            parameter.data = torch.empty(owner.out_features, owner.in_features, dtype=FP8, device=device)
-            owner.scale.data = torch.empty(owner.out_features, 1, device=device)
-            owner.quantize_rows_(0, pristine(name))
-        else:
-            parameter.data = pristine(name).to(device, parameter.dtype, copy=True)
-
-
-def release_weights(module: nn.Module, device: torch.device) -> None:
-    """Free every parameter's storage; what is left of it counts as on `device`. Buffers, which are small, go there."""
-    for owner in module.modules():
-        for name, parameter in owner.named_parameters(recurse=False):
-            nothing = torch.empty(0, dtype=parameter.dtype, device=device)
-            if parameter.is_meta:  # cannot be given storage
-                setattr(owner, name, nn.Parameter(nothing, requires_grad=False))
-            else:
-                parameter.data = nothing
-        for name, buffer in owner.named_buffers(recurse=False):
-            if buffer.is_meta:
-                setattr(owner, name, torch.empty_like(buffer, device=device))
-            else:
-                buffer.data = buffer.to(device)

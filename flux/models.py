@@ -5,9 +5,9 @@ The files are read by diffusers and transformers. Which part is on the device at
 
 import json
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
 import torch
@@ -17,17 +17,15 @@ from diffusers import (
     AutoencoderKL,
     FirstBlockCacheConfig,
     FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
     FluxTransformer2DModel,
 )
-from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from flux.device import Memory, has_fp8_units
 from flux.fp8 import new_twin
+from flux.plan import FP8_SUFFIX, VAE, denoising_bytes, plan_layout
 from flux.pristine import Pristine
-from flux.residency import FP8_SUFFIX, VAE, Residency, plan_layout
-from images import Size
+from flux.residency import Residency
 
 FP8 = "fp8"  # a precision, as the metrics and the log call it
 PRECISIONS = {torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -35,9 +33,6 @@ EMBEDDING_CACHE_BYTES = 64 * 2**20  # a dev prompt takes 4 MiB at FLUX.1's width
 HOPPER = (9, 0)  # CUDA's compute capability
 WEIGHT_SAMPLES = 64  # places at which two copies of a part are compared
 TYPICAL_SIZE = (1024, 1024)
-# of activations at the peak of a transformer's forward and of the VAE (`script/bench memory`)
-DENOISING_BYTES_PER_PIXEL = 800
-DECODING_BYTES_PER_PIXEL = 2100
 
 TOKENIZERS: dict[str, Any] = {"tokenizer": CLIPTokenizer, "tokenizer_2": T5TokenizerFast}
 NETWORKS: dict[str, Any] = {
@@ -73,22 +68,40 @@ class Flux:
 
     name: str
     precision: str  # one of PRECISIONS or FP8
-    txt2img: FluxPipeline
-    pristine: Mapping[str, Pristine]  # component -> its weights as the checkpoint has them
+    transformer: FluxTransformer2DModel
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    text_encoder_2: T5EncoderModel
+    tokenizer: CLIPTokenizer
+    tokenizer_2: T5TokenizerFast
+    scheduler: FlowMatchEulerDiscreteScheduler
     residency: Residency
     embeddings: LRUCache[tuple[str, Hashable], PromptEmbeds] = field(default_factory=_embedding_cache)
-    fast: "Flux | None" = None  # the same model in fp8; None in that one
 
     @property
     def dtype(self) -> torch.dtype:
         """What is computed in; for fp8, outside the layers that are in fp8."""
-        dtype: torch.dtype = self.txt2img.transformer.dtype
+        dtype: torch.dtype = self.transformer.dtype
         return dtype
+
+    def pristine(self, component: str) -> Pristine:
+        """The weights of one of `NETWORKS` as the checkpoint has them."""
+        return self.residency.pristine(getattr(self, component))
+
+
+class Precisions(NamedTuple):
+    """One model in both of its precisions."""
+
+    exact: Flux  # bf16, or float32 on a CPU without bfloat16 instructions
+    fast: Flux  # fp8
+
+
+Models = Mapping[str, Precisions]
 
 
 def load_flux(
     folders: Mapping[str, Path], device: torch.device, dtype: torch.dtype, memory: Memory | None = None
-) -> dict[str, Flux]:
+) -> dict[str, Precisions]:
     """Load every model of `folders` (name -> folder in diffusers layout) in `dtype` onto `device`, and prepare fp8.
 
     Weights go from the memory-mapped file to their device, tensor by tensor; on the CPU a file of that dtype is never
@@ -98,7 +111,7 @@ def load_flux(
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     residency = Residency(device, memory)
-    models: dict[str, Flux] = {}
+    models: dict[str, Precisions] = {}
     first_folder = next(iter(folders.values()))
     first: dict[str, Any] = {}
     for name, folder in folders.items():
@@ -116,10 +129,16 @@ def load_flux(
         exact = _load_part(residency, name, folder / "transformer", dtype)
         twin = new_twin(exact, weight_only=not has_fp8_units(device))
         residency.add(name + FP8_SUFFIX, twin, residency.pristine(exact), loaded=False)
-        flux = _flux(name, PRECISIONS[dtype], {**parts, "transformer": exact}, residency)
-        fast = _flux(name, FP8, {**parts, "transformer": twin}, residency)
-        models[name] = replace(flux, fast=replace(fast, embeddings=flux.embeddings))
+        parts |= {"residency": residency, "embeddings": _embedding_cache()}
+        models[name] = Precisions(
+            Flux(name, PRECISIONS[dtype], transformer=exact, **parts), Flux(name, FP8, transformer=twin, **parts)
+        )
     return models
+
+
+def residency_of(models: Models) -> Residency:
+    """The one that all of them share."""
+    return next(iter(models.values())).exact.residency
 
 
 def _load_part(residency: Residency, name: str, folder: Path, dtype: torch.dtype) -> Any:
@@ -132,79 +151,50 @@ def _load_part(residency: Residency, name: str, folder: Path, dtype: torch.dtype
     return module
 
 
-def _flux(name: str, precision: str, parts: Mapping[str, Any], residency: Residency) -> Flux:
-    pristine = {part: residency.pristine(parts[part]) for part in NETWORKS}
-    return Flux(name, precision, FluxPipeline(**parts), pristine, residency)
-
-
-def settle(models: Mapping[str, Flux]) -> None:
+def fill_device(models: Models) -> None:
     """Bring to a device of limited memory what it can hold at once: text encoders, VAE, dev, schnell, in this order.
 
     Raises `TooSmallError` when it cannot run even the smallest transformer.
     """
-    residency = next(iter(models.values())).residency
+    residency = residency_of(models)
     if residency.memory is not None:
         transformers = [name + suffix for name in models for suffix in ("", FP8_SUFFIX)]
         work = denoising_bytes(TYPICAL_SIZE)
         residency.bring(plan_layout(residency.sizes, residency.memory, transformers, ENCODERS, work))
 
 
-def compile_blocks(models: Mapping[str, Flux], backend: str = "inductor") -> None:
+def compile_blocks(models: Models, backend: str = "inductor") -> None:
     """Have the transformers' blocks compiled when they first run: one graph serves all blocks of a kind, both models
     and every picture size, and takes the weights as its inputs. `TORCHINDUCTOR_CACHE_DIR` keeps it between starts."""
     for flux in precisions(models):
-        transformer = flux.txt2img.transformer
         # the block cache decides by a value, which no graph can
-        transformer.compile_repeated_blocks(fullgraph=not transformer.is_cache_enabled, dynamic=True, backend=backend)
+        fullgraph = not flux.transformer.is_cache_enabled
+        flux.transformer.compile_repeated_blocks(fullgraph=fullgraph, dynamic=True, backend=backend)
 
 
-def cache_blocks(models: Mapping[str, Flux], threshold: float) -> None:
+def cache_blocks(models: Models, threshold: float) -> None:
     """Have the fp8 twins skip a step's blocks but the first when that one's output changed by less than `threshold`,
     relative to the last step's (diffusers' first-block cache). It changes the picture."""
-    for flux in models.values():
-        if flux.fast:
-            flux.fast.txt2img.transformer.enable_cache(FirstBlockCacheConfig(threshold))
+    for _, fast in models.values():
+        fast.transformer.enable_cache(FirstBlockCacheConfig(threshold))
 
 
-def use_fast_kernels(models: Mapping[str, Flux]) -> None:
-    """Convolutions in the layout of tensor cores, channels last, and on a GPU since Hopper cuDNN's attention."""
-    residency = next(iter(models.values())).residency
-    residency.listeners.append(_ChannelsLast())
-    for flux in precisions(models):
-        _ChannelsLast().after_load(flux.txt2img.vae)
-        if residency.device.type == "cuda" and torch.cuda.get_device_capability(residency.device) >= HOPPER:
-            flux.txt2img.transformer.set_attention_backend("_native_cudnn")
+def use_fast_kernels(models: Models) -> None:
+    """On a GPU since Hopper, cuDNN's attention."""
+    device = residency_of(models).device
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= HOPPER:
+        for flux in precisions(models):
+            flux.transformer.set_attention_backend("_native_cudnn")
 
 
-class _ChannelsLast:
-    """Lays a VAE's weights out again whenever they come to the device."""
-
-    def before_load(self, module: nn.Module) -> None:
-        pass
-
-    def after_load(self, module: nn.Module) -> None:
-        if isinstance(module, AutoencoderKL):
-            module.to(memory_format=torch.channels_last)
+def precisions(models: Models) -> list[Flux]:
+    """Every model in every precision."""
+    return [flux for both in models.values() for flux in both]
 
 
-def precisions(models: Mapping[str, Flux]) -> list[Flux]:
-    """Every model in every precision that it has."""
-    return [flux for exact in models.values() for flux in (exact, exact.fast) if flux is not None]
-
-
-def fits(flux: Flux, size: Size) -> bool:
-    """Whether the device has the memory to denoise a picture of this size with this transformer."""
-    return flux.residency.fits(flux.txt2img.transformer, flux.txt2img.vae, work=denoising_bytes(size))
-
-
-def denoising_bytes(size: Size) -> int:
-    """What a transformer's forward needs beside the weights."""
-    return DENOISING_BYTES_PER_PIXEL * size[0] * size[1]
-
-
-def decoding_bytes(size: Size) -> int:
-    """What the VAE needs beside its weights, encoding or decoding."""
-    return DECODING_BYTES_PER_PIXEL * size[0] * size[1]
+def fits(flux: Flux, size: tuple[int, int]) -> bool:
+    """Whether the device has the memory to denoise a picture of (width, height) pixels with this transformer."""
+    return flux.residency.fits(flux.transformer, flux.vae, work=denoising_bytes(size))
 
 
 def _same_part(a: Path, b: Path) -> bool:

@@ -6,11 +6,11 @@ dtype with a CPU generator of the same seed.
 """
 
 import logging
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -22,15 +22,17 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
-from flux.models import Flux, PromptEmbeds, decoding_bytes, denoising_bytes, precisions
+from flux.models import Flux, Models, PromptEmbeds, precisions
+from flux.plan import decoding_bytes, denoising_bytes
 from images import Size
 
 log = logging.getLogger("flux-lora")
 
 MAX_SEQUENCE_LENGTH = {"dev": 512, "schnell": 256}  # T5 tokens
-LATENT_CHANNELS = 16
+LATENT_CHANNELS, PIXELS_PER_LATENT = 16, 8
 WARM_UP_SIZE = (528, 304)  # 627 tokens: a count that equals the text's would be compiled for equal counts
 SCHEDULES = 32  # that are kept: picture sizes, counts of steps, models
+PICTURE_PROCESSOR = VaeImageProcessor(vae_scale_factor=16)  # pictures' sides are multiples of it
 MASK_PROCESSOR = VaeImageProcessor(vae_scale_factor=16, do_normalize=False, do_binarize=True, do_convert_grayscale=True)
 
 
@@ -60,16 +62,16 @@ def encode_prompt(flux: Flux, prompt: str, weights: Hashable = ()) -> PromptEmbe
     """
     if (prompt, weights) in flux.embeddings:
         return flux.embeddings[prompt, weights]
-    pipeline, length = flux.txt2img, MAX_SEQUENCE_LENGTH[flux.name]
-    clip_ids = _token_ids(pipeline.tokenizer, prompt, pipeline.tokenizer_max_length)
-    t5_ids = _token_ids(pipeline.tokenizer_2, prompt, length)
-    flux.residency.use(pipeline.text_encoder, pipeline.text_encoder_2)
+    length = MAX_SEQUENCE_LENGTH[flux.name]
+    clip_ids = _token_ids(flux.tokenizer, prompt, flux.tokenizer.model_max_length)
+    t5_ids = _token_ids(flux.tokenizer_2, prompt, length)
+    flux.residency.use(flux.text_encoder, flux.text_encoder_2)
     embeds = PromptEmbeds(
-        t5=pipeline.text_encoder_2(t5_ids.to(flux.residency.device))[0],
-        clip=pipeline.text_encoder(clip_ids.to(flux.residency.device)).pooler_output,
+        t5=flux.text_encoder_2(t5_ids.to(flux.residency.device))[0],
+        clip=flux.text_encoder(clip_ids.to(flux.residency.device)).pooler_output,
     )
-    if t5_ids[0, -1] != pipeline.tokenizer_2.pad_token_id:
-        tokens = len(pipeline.tokenizer_2(prompt).input_ids)
+    if t5_ids[0, -1] != flux.tokenizer_2.pad_token_id:
+        tokens = len(flux.tokenizer_2(prompt).input_ids)
         if tokens > length:
             log.warning("the prompt has %d tokens, of which %s reads the first %d", tokens, flux.name, length)
     if embeds.nbytes <= flux.embeddings.maxsize:
@@ -87,9 +89,9 @@ def _token_ids(tokenizer: Any, prompt: str, length: int) -> torch.Tensor:
 @torch.no_grad()
 def encode_picture(flux: Flux, picture: Image.Image) -> DiagonalGaussianDistribution:
     """The VAE's posterior of an RGB picture whose sides are multiples of 16; each seed draws its own sample of it."""
-    flux.residency.use(flux.txt2img.vae, work=decoding_bytes(picture.size))
-    pixels = flux.txt2img.image_processor.preprocess(picture)  # [1, 3, height, width] in -1..1
-    return flux.txt2img.vae.encode(pixels.to(flux.residency.device, flux.dtype)).latent_dist
+    flux.residency.use(flux.vae, work=decoding_bytes(picture.size))
+    pixels = PICTURE_PROCESSOR.preprocess(picture)  # [1, 3, height, width] in -1..1
+    return flux.vae.encode(pixels.to(flux.residency.device, flux.dtype)).latent_dist
 
 
 def steps_to_run(steps: int, strength: float) -> int:
@@ -97,50 +99,77 @@ def steps_to_run(steps: int, strength: float) -> int:
     return steps - int(max(steps - min(steps * strength, steps), 0))
 
 
+@dataclass(frozen=True)
+class Start:
+    """All that the steps of one picture need, on the device, made before the first of them."""
+
+    noise: torch.Tensor  # packed latents [1, height/16 * width/16, 64], as are the next two
+    image: torch.Tensor | None  # the input picture's latents
+    mask: torch.Tensor | None  # 1 where it is repainted
+    schedule: "Schedule"
+    first_step: int  # of the schedule: image-to-image leaves out those before it
+    inputs: dict[str, Any]  # of the transformer, the same in every step
+
+
+def prepare(flux: Flux, job: Job, seed: int) -> Start:
+    """Draw the noise of `seed` and make what the steps need."""
+    transformer, (width, height) = flux.transformer, job.size
+    device, dtype = flux.residency.device, flux.dtype
+    generator = torch.Generator("cpu").manual_seed(seed)
+    # the picture's sample is drawn before the noise, as diffusers does
+    image = None if job.posterior is None else _pack(_scaled_sample(flux, job.posterior, generator))
+    shape = (1, LATENT_CHANNELS, height // 8, width // 8)
+    return Start(
+        noise=_pack(randn_tensor(shape, generator=generator, device=device, dtype=dtype)),
+        image=image,
+        mask=None if job.mask is None else _packed_mask(job.mask, job.size).to(device, dtype),
+        schedule=make_schedule(flux, job.size, job.steps),
+        first_step=job.steps - job.steps_to_run,
+        inputs={
+            "encoder_hidden_states": job.embeds.t5,
+            "pooled_projections": job.embeds.clip,
+            "txt_ids": torch.zeros(job.embeds.t5.shape[1], 3, device=device, dtype=dtype),
+            "img_ids": FluxPipeline._prepare_latent_image_ids(1, height // 16, width // 16, device, dtype),
+            "guidance": torch.full([1], job.guidance, device=device) if transformer.config.guidance_embeds else None,
+            "return_dict": False,
+        },
+    )
+
+
 @torch.no_grad()
 def denoise(flux: Flux, job: Job, seed: int, on_step: Callable[[], object]) -> torch.Tensor:
     """Denoise one picture. Returns packed latents [1, height/16 * width/16, 64]; calls `on_step` after every step.
 
-    All that a step needs is made before the first one, so that the loop queues kernels and nothing else: no value comes
-    back from the device and none goes there.
+    The loop queues kernels and nothing else: no value comes back from the device and none goes there.
     """
-    transformer, (width, height) = flux.txt2img.transformer, job.size
-    flux.residency.use(transformer, flux.txt2img.vae, work=denoising_bytes(job.size))
-    device, dtype = flux.residency.device, flux.dtype
-    generator = torch.Generator("cpu").manual_seed(seed)
-    # drawn before the noise, as diffusers does
-    image = None if job.posterior is None else _pack(_scaled_sample(flux, job.posterior, generator))
-    shape = (1, LATENT_CHANNELS, height // 8, width // 8)
-    noise = _pack(randn_tensor(shape, generator=generator, device=device, dtype=dtype))
-    mask = None if job.mask is None else _packed_mask(job.mask, job.size).to(device, dtype)
-    schedule = make_schedule(flux, job.size, job.steps)
-    first = job.steps - job.steps_to_run
-    latents = noise if image is None else _mix(image, noise, schedule.shares[first])
-    inputs = {
-        "encoder_hidden_states": job.embeds.t5,
-        "pooled_projections": job.embeds.clip,
-        "txt_ids": torch.zeros(job.embeds.t5.shape[1], 3, device=device, dtype=dtype),
-        "img_ids": FluxPipeline._prepare_latent_image_ids(1, height // 16, width // 16, device, dtype),
-        "guidance": torch.full([1], job.guidance, device=device) if transformer.config.guidance_embeds else None,
-        "return_dict": False,
-    }
+    transformer, dtype = flux.transformer, flux.dtype
+    flux.residency.use(transformer, flux.vae, work=denoising_bytes(job.size))
+    start = prepare(flux, job, seed)
+    schedule = start.schedule
+    latents = start.noise if start.image is None else _noised(start, start.image, start.first_step)
     if transformer.is_cache_enabled:
         transformer._reset_stateful_cache()  # the last picture's
-    with _positions_made_once(transformer.pos_embed), transformer.cache_context("picture"):
-        for i in range(first, job.steps):
-            velocity = transformer(hidden_states=latents, timestep=schedule.timesteps[i : i + 1], **inputs)[0]
-            latents = (latents.float() + schedule.strides[i] * velocity).to(dtype)
-            if image is not None and mask is not None:
-                kept = _mix(image, noise, schedule.shares[i + 1]) if i + 1 < job.steps else image
-                latents = (1 - mask) * kept + mask * latents
+    with _rotations_made_once(transformer.pos_embed), transformer.cache_context("picture"):
+        for i in range(start.first_step, job.steps):
+            velocity = transformer(hidden_states=latents, timestep=schedule.timesteps[i : i + 1], **start.inputs)[0]
+            latents = (latents.float() + schedule.sigma_changes[i] * velocity).to(dtype)
+            if start.mask is not None and start.image is not None:
+                kept = _noised(start, start.image, i + 1) if i + 1 < job.steps else start.image
+                latents = (1 - start.mask) * kept + start.mask * latents
             on_step()
     return latents
 
 
-def warm_up(models: Mapping[str, Flux]) -> None:
+def _noised(start: Start, image: torch.Tensor, step: int) -> torch.Tensor:
+    """The input picture's latents with as much noise as there is before `step`."""
+    sigma = start.schedule.sigmas[step]
+    return sigma * start.noise + (1.0 - sigma) * image
+
+
+def warm_up(models: Models) -> None:
     """Run every transformer that is on the device, or has room there, for one step: what is to be compiled is, then."""
     for flux in precisions(models):
-        transformer, dtype = flux.txt2img.transformer, flux.dtype
+        transformer, dtype = flux.transformer, flux.dtype
         if flux.residency.memory is None or flux.residency.has(transformer):
             t5 = torch.zeros(1, MAX_SEQUENCE_LENGTH[flux.name], transformer.config.joint_attention_dim, dtype=dtype)
             clip = torch.zeros(1, transformer.config.pooled_projection_dim, dtype=dtype)
@@ -150,25 +179,21 @@ def warm_up(models: Mapping[str, Flux]) -> None:
 
 @dataclass(frozen=True)
 class Schedule:
-    """What the steps of one picture size differ in, on the device."""
+    """What the steps of one picture size differ in, on the device. A sigma is how much of the latents is noise."""
 
     timesteps: torch.Tensor  # [steps], as the transformer takes them: from 1 down
-    strides: torch.Tensor  # [steps] float32: how far each step goes along the velocity; negative
-    shares: torch.Tensor  # [steps + 1]: how much of the latents is noise before each step, and after the last
+    sigma_changes: torch.Tensor  # [steps] float32: by how much each step changes sigma; negative
+    sigmas: torch.Tensor  # [steps + 1]: before each step, and after the last
 
 
 @lru_cache(SCHEDULES)
 def make_schedule(flux: Flux, size: Size, steps: int) -> Schedule:
     """FLUX.1's schedule, which moves towards the noise as the picture grows, by diffusers' scheduler."""
-    scheduler, dtype = copy(flux.txt2img.scheduler), flux.dtype
+    scheduler, dtype = copy(flux.scheduler), flux.dtype
     names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
     shift = calculate_shift((size[0] // 16) * (size[1] // 16), *(scheduler.config[name] for name in names))
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=shift, device=flux.residency.device)
     return Schedule(scheduler.timesteps.to(dtype) / 1000, scheduler.sigmas.diff(), scheduler.sigmas.to(dtype))
-
-
-def _mix(image: torch.Tensor, noise: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
-    return share * noise + (1.0 - share) * image
 
 
 def _pack(latents: torch.Tensor) -> torch.Tensor:
@@ -186,9 +211,12 @@ def _packed_mask(mask: Image.Image, size: Size) -> torch.Tensor:
 
 
 @contextmanager
-def _positions_made_once(pos_embed: torch.nn.Module) -> Iterator[None]:
-    """Within, the rotations that a transformer makes of its position ids in every forward are those of the first."""
-    make = pos_embed.forward
+def _rotations_made_once(pos_embed: torch.nn.Module) -> Iterator[None]:
+    """Within, the rotations that a transformer makes of its position ids in every forward are those of the first.
+
+    A cancel can leave this installed: the next picture's takes its place, and never calls it.
+    """
+    make = partial(type(pos_embed).forward, pos_embed)
     made: list[Any] = []
 
     def once(ids: torch.Tensor) -> Any:
@@ -204,7 +232,7 @@ def _positions_made_once(pos_embed: torch.nn.Module) -> Iterator[None]:
 
 
 def _scaled_sample(flux: Flux, posterior: DiagonalGaussianDistribution, generator: torch.Generator) -> torch.Tensor:
-    config = flux.txt2img.vae.config
+    config = flux.vae.config
     scaled: torch.Tensor = (posterior.sample(generator) - config.shift_factor) * config.scaling_factor
     return scaled
 
@@ -212,10 +240,10 @@ def _scaled_sample(flux: Flux, posterior: DiagonalGaussianDistribution, generato
 @torch.no_grad()
 def decode(flux: Flux, latents: torch.Tensor, size: Size) -> Image.Image:
     """Turn packed latents [1, tokens, 64] into an RGB picture of `size`."""
-    pipeline, (width, height) = flux.txt2img, size
-    flux.residency.use(pipeline.vae, work=decoding_bytes(size))
-    unpacked = pipeline._unpack_latents(latents, height, width, pipeline.vae_scale_factor)  # [1, 16, h/8, w/8]
-    unpacked = unpacked / pipeline.vae.config.scaling_factor + pipeline.vae.config.shift_factor
-    pixels = pipeline.vae.decode(unpacked, return_dict=False)[0]  # [1, 3, height, width]
-    picture: Image.Image = pipeline.image_processor.postprocess(pixels, output_type="pil")[0]
+    width, height = size
+    flux.residency.use(flux.vae, work=decoding_bytes(size))
+    unpacked = FluxPipeline._unpack_latents(latents, height, width, PIXELS_PER_LATENT)  # [1, 16, height/8, width/8]
+    unpacked = unpacked / flux.vae.config.scaling_factor + flux.vae.config.shift_factor
+    pixels = flux.vae.decode(unpacked, return_dict=False)[0]  # [1, 3, height, width]
+    picture: Image.Image = PICTURE_PROCESSOR.postprocess(pixels, output_type="pil")[0]
     return picture

@@ -1,4 +1,4 @@
-"""The weights as their checkpoint has them, at hand while the process runs, and never a second copy in memory."""
+"""The weights as their checkpoint has them, at hand while the process runs."""
 
 import json
 from pathlib import Path
@@ -14,26 +14,32 @@ OLD_PREFIX = "text_model."
 
 
 class Pristine:
-    """The parameters of one loaded part, read from its memory-mapped files: pristine("x_embedder.weight").
+    """The parameters of one part, read from its memory-mapped files: pristine("x_embedder.weight").
 
-    `shapes` has them all by their names in the module. A tensor is a view of the file, in the file's dtype, and must
-    not be written to. Raises `ValueError` when the files lack a parameter or have another shape of it.
+    `shapes` has them all by their names in the module, in the order in which the files hold them. A tensor is a view of
+    the file, in the file's dtype, and must not be written to. Raises `ValueError` when the files lack a parameter or
+    have another shape of it.
     """
 
     def __init__(self, folder: Path, module: nn.Module) -> None:
-        self.shapes: dict[str, torch.Size] = {name: value.shape for name, value in module.named_parameters()}
-        self._sources: dict[str, tuple[Any, str]] = {}  # name -> its file and its name there
+        places: dict[str, tuple[Any, str]] = {}  # a name in the files -> its file and that name, in the files' order
         for path in weight_files(folder):
             file: Any = safe_open(path, "pt")
-            self._sources |= {key: (file, key) for key in file.keys()}  # noqa: SIM118 - it is no dict
-        for name, shape in self.shapes.items():
-            source = self._sources.get(name) or self._sources.get(OLD_PREFIX + name)
+            places |= {key: (file, key) for key in file.offset_keys()}
+        self._sources: dict[str, tuple[Any, str]] = {}
+        shapes = {name: value.shape for name, value in module.named_parameters()}
+        for name, shape in shapes.items():
+            source = places.get(name) or places.get(OLD_PREFIX + name)
             if source is None:
                 raise ValueError(f"{folder} has no weight {name}: it is no complete checkpoint.")
             file, key = source
             if file.get_slice(key).get_shape() != list(shape):
                 raise ValueError(f"{folder} has a weight {name} of another shape than its config says.")
             self._sources[name] = source
+        order = {key: i for i, key in enumerate(places)}
+        self.shapes: dict[str, torch.Size] = dict(
+            sorted(shapes.items(), key=lambda item: order[self._sources[item[0]][1]])
+        )
 
     def __call__(self, name: str) -> Tensor:
         file, key = self._sources[name]

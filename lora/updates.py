@@ -18,6 +18,11 @@ Base: TypeAlias = Callable[[str], Tensor]  # a parameter's name -> its pristine 
 class _Factors:
     """What the kinds of update have in common: they are made of tensors."""
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The parameters whose pristine values `difference` asks for."""
+        return ()
+
     def tensors(self) -> list[Tensor]:
         found: list[Tensor] = []
 
@@ -111,6 +116,10 @@ class Dora(_Factors):
     whole: tuple[str, ...]  # parameter names; their rows, one after the other, are what `inner` updates
     rows: tuple[int, int] | None = None  # first and one past the last; None: all
     eps: float = 0.0  # added to the norms, as LyCORIS does
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return self.whole
 
     def difference(self, base: Base) -> Tensor:
         weight = torch.cat([base(name).float() for name in self.whole])

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 import flux.device as device_module
 from flux.device import compute_dtype
-from flux.fp8 import FP8, Fp8Linear, fp8_layers, new_twin, quantize_rows
-from flux.models import Flux, cache_blocks, load_flux
+from flux.fp8 import E4M3, Fp8Linear, fp8_layers, new_twin, quantize_rows
+from flux.live import LiveWeights
+from flux.models import Flux, Precisions, cache_blocks, load_flux
 from flux.pipelines import Job, denoise, encode_prompt
 from flux.residency import Residency
+from lora.merge import Merge
 from lora.updates import LowRank
-from lora_loader import LiveWeights
 
 CPU = torch.device("cpu")
 DTYPE = compute_dtype(CPU)
@@ -69,7 +70,7 @@ def test_quantized_rows_give_the_rows_back(rows: int, width: int, exponent: floa
     original[0] = 0
     values, scale = quantize_rows(original)
     back = values.float() * scale
-    assert (values.dtype, scale.shape) == (FP8, (rows, 1))
+    assert (values.dtype, scale.shape) == (E4M3, (rows, 1))
     assert not back[0].any()
     assert bool(((back - original).abs() <= E4M3_ERROR * original.abs().amax(1, keepdim=True)).all())
     large = original.abs() > original.abs().amax(1, keepdim=True) / 2**8
@@ -117,13 +118,8 @@ def test_a_weak_lora_survives_where_quantizing_twice_loses_it() -> None:
 
 
 @pytest.fixture(scope="module")
-def models(checkpoints: dict[str, Path]) -> dict[str, Flux]:
+def models(checkpoints: dict[str, Path]) -> dict[str, Precisions]:
     return load_flux(checkpoints, CPU, DTYPE)
-
-
-def fast(flux: Flux) -> Flux:
-    assert flux.fast is not None
-    return flux.fast
 
 
 def nothing() -> None:
@@ -141,10 +137,10 @@ def latents(
     return denoise(flux, job, 3, on_step)
 
 
-def test_the_twin_is_its_base_in_fp8(models: dict[str, Flux]) -> None:
-    flux = models["dev"]
-    flux.residency.use(fast(flux).txt2img.transformer)
-    twin, base, pristine = fast(flux).txt2img.transformer, flux.txt2img.transformer, flux.pristine["transformer"]
+def test_the_twin_is_its_base_in_fp8(models: dict[str, Precisions]) -> None:
+    exact, fast = models["dev"]
+    exact.residency.use(fast.transformer)
+    twin, base, pristine = fast.transformer, exact.transformer, exact.pristine("transformer")
     layers = {name for name, module in base.named_modules() if isinstance(module, nn.Linear) and "blocks." in name}
     assert set(fp8_layers(twin)) == layers
     for name, parameter in twin.named_parameters():
@@ -158,23 +154,25 @@ def test_the_twin_is_its_base_in_fp8(models: dict[str, Flux]) -> None:
 
 
 @pytest.mark.parametrize("model", ["dev", "schnell"])
-def test_go_fast_draws_the_same_picture_again_and_nearly_that_of_the_base(models: dict[str, Flux], model: str) -> None:
-    exact, quick = latents(models[model]), latents(fast(models[model]))
-    assert torch.equal(latents(fast(models[model])), quick)
-    assert torch.equal(latents(models[model]), exact)
+def test_go_fast_draws_the_same_picture_again_and_nearly_that_of_the_base(
+    models: dict[str, Precisions], model: str
+) -> None:
+    exact, quick = latents(models[model].exact), latents(models[model].fast)
+    assert torch.equal(latents(models[model].fast), quick)
+    assert torch.equal(latents(models[model].exact), exact)
     assert 0 < relative_error(quick, exact.double()) < 0.1
 
 
 def test_a_gpu_without_fp8_units_keeps_the_weights_in_fp8(
-    checkpoints: dict[str, Path], models: dict[str, Flux], monkeypatch: pytest.MonkeyPatch
+    checkpoints: dict[str, Path], models: dict[str, Precisions], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Closer to the base, since activations stay as they are."""
     monkeypatch.setattr("flux.models.has_fp8_units", lambda _: False)
     flux = load_flux({"dev": checkpoints["dev"]}, CPU, DTYPE)["dev"]
-    exact = latents(flux).double()
-    weight_only = latents(fast(flux))
-    assert fast(flux).txt2img.transformer.get_submodule(fp8_layers(flux.txt2img.transformer)[0]).weight.dtype == FP8
-    assert 0 < relative_error(weight_only, exact) < relative_error(latents(fast(models["dev"])), exact)
+    exact = latents(flux.exact).double()
+    weight_only = latents(flux.fast)
+    assert flux.fast.transformer.get_submodule(fp8_layers(flux.exact.transformer)[0]).weight.dtype == E4M3
+    assert 0 < relative_error(weight_only, exact) < relative_error(latents(models["dev"].fast), exact)
 
 
 @pytest.mark.parametrize(("capability", "expected"), [((7, 5), False), ((8, 6), False), ((8, 9), True), ((9, 0), True)])
@@ -187,11 +185,11 @@ def test_which_gpus_have_fp8_units(
     assert device_module.has_fp8_units(CPU)
 
 
-def test_loras_in_the_twin_are_merged_first_and_quantized_once(models: dict[str, Flux]) -> None:
-    flux = models["schnell"]
-    pristine = flux.pristine["transformer"]
-    layers = fp8_layers(flux.txt2img.transformer)
-    twin = new_twin(flux.txt2img.transformer, weight_only=False)
+def test_loras_in_the_twin_are_merged_first_and_quantized_once(models: dict[str, Precisions]) -> None:
+    flux = models["schnell"].exact
+    pristine = flux.pristine("transformer")
+    layers = fp8_layers(flux.transformer)
+    twin = new_twin(flux.transformer, weight_only=False)
     residency = Residency(CPU)
     residency.add("twin", twin, pristine, loaded=False)
     residency.use(twin)
@@ -204,9 +202,10 @@ def test_loras_in_the_twin_are_merged_first_and_quantized_once(models: dict[str,
         update = LowRank(
             0.01 * torch.randn(out, 2, generator=generator), torch.randn(2, width, generator=generator), 0.5
         )
-        wanted[f"{name}.weight"] = [("sha", 0.8, update)]
-    live.apply(wanted)
-    for name, [(_, strength, update)] in wanted.items():
+        wanted[f"{name}.weight"] = update
+    strength = 0.8
+    live.apply({name: Merge([("sha", strength, update)]) for name, update in wanted.items()})
+    for name, update in wanted.items():
         truth = pristine(name).double() + strength * update.scale * (update.up.double() @ update.down.double())
         values, scale = quantize_rows(truth.float())
         owner = twin.get_submodule(name.removesuffix(".weight"))
@@ -220,16 +219,16 @@ def test_loras_in_the_twin_are_merged_first_and_quantized_once(models: dict[str,
 
 def test_first_block_caching_skips_steps_and_forgets_the_last_picture(checkpoints: dict[str, Path]) -> None:
     flux = load_flux({"dev": checkpoints["dev"]}, CPU, DTYPE)["dev"]
-    plain, exact = latents(fast(flux), steps=8), latents(flux, steps=8)
+    plain, exact = latents(flux.fast, steps=8), latents(flux.exact, steps=8)
     cache_blocks({"dev": flux}, 10.0)  # so high that every step but the first is skipped
     calls: list[int] = []
-    last = fast(flux).txt2img.transformer.single_transformer_blocks[-1].attn
+    last = flux.fast.transformer.single_transformer_blocks[-1].attn
     last.register_forward_hook(lambda *_: calls.append(1))
-    cached = latents(fast(flux), steps=8)
+    cached = latents(flux.fast, steps=8)
     assert len(calls) == 1
     assert not torch.equal(cached, plain)
-    assert torch.equal(latents(fast(flux), steps=8), cached)
+    assert torch.equal(latents(flux.fast, steps=8), cached)
     with pytest.raises(InterruptedError):
-        latents(fast(flux), size=(256, 320), on_step=interrupt)
-    assert torch.equal(latents(fast(flux), steps=8), cached)
-    assert torch.equal(latents(flux, steps=8), exact)  # only go_fast
+        latents(flux.fast, size=(256, 320), on_step=interrupt)
+    assert torch.equal(latents(flux.fast, steps=8), cached)
+    assert torch.equal(latents(flux.exact, steps=8), exact)  # only go_fast

@@ -10,11 +10,11 @@ from diffusers import FluxPipeline
 from PIL import Image
 
 import predict
-from flux import models as flux_models
+from flux import plan
 from flux.device import Memory, compute_dtype
-from flux.models import Flux, load_flux
+from flux.models import Precisions, load_flux
 from flux.pipelines import Job, denoise, encode_prompt
-from flux.residency import TooSmallError
+from flux.plan import TooSmallError
 from lora_loader import LoraLoader
 from settings import read_settings
 from tests.conftest import Server, data_url, same
@@ -86,19 +86,18 @@ def test_loras_are_there_again_when_their_part_comes_back(
     checkpoints: dict[str, Path], style: Factors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a device that holds the text encoders or a transformer, each request asks for LoRAs while one is away."""
-    monkeypatch.setattr(flux_models, "DENOISING_BYTES_PER_PIXEL", 0)
+    monkeypatch.setattr(plan, "DENOISING_BYTES_PER_PIXEL", 0)
     settings = read_settings({"LORA_CACHE_DIR": str(tmp_path)})
     roomy = load_flux(checkpoints, CPU, DTYPE)
-    sizes = roomy["dev"].residency.sizes
+    sizes = roomy["dev"].exact.residency.sizes
     tight = load_flux(checkpoints, CPU, DTYPE, Memory(sizes["dev"] + sizes["VAE"], 10**9))
 
     asked = [(False, 1.0), (True, 1.0), (False, 0), (False, 0.5), (True, 0), (True, 1.5)]  # go_fast, strength
 
-    def drawn(models: dict[str, Flux]) -> list[torch.Tensor]:
+    def drawn(models: dict[str, Precisions]) -> list[torch.Tensor]:
         loader, results = LoraLoader(models, settings), []
         for i, (fast, strength) in enumerate(asked):
-            flux = models["dev"].fast if fast else models["dev"]
-            assert flux is not None
+            flux = models["dev"].fast if fast else models["dev"].exact
             loras = loader.load("dev", (as_reference(style), strength), (None, 1.0))
             embeds = encode_prompt(flux, f"prompt {i}", loader.apply(flux, loras))
             results.append(denoise(flux, Job((256, 256), 2, 3.0, embeds), 1, lambda: None))
@@ -106,7 +105,7 @@ def test_loras_are_there_again_when_their_part_comes_back(
 
     for expected, latents in zip(drawn(roomy), drawn(tight), strict=True):
         assert torch.equal(expected, latents)
-    assert len(tight["dev"].residency.resident) < len(roomy["dev"].residency.resident)
+    assert len(tight["dev"].exact.residency.resident) < len(roomy["dev"].exact.residency.resident)
 
 
 def test_out_of_memory_costs_only_its_request(
@@ -138,9 +137,9 @@ def test_a_gpu_that_holds_only_fp8_runs_fp8_and_says_so(
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(flux_models, "DENOISING_BYTES_PER_PIXEL", 0)
-    monkeypatch.setattr(flux_models, "DECODING_BYTES_PER_PIXEL", 0)
-    sizes = load_flux(checkpoints, CPU, DTYPE)["dev"].residency.sizes
+    monkeypatch.setattr(plan, "DENOISING_BYTES_PER_PIXEL", 0)
+    monkeypatch.setattr(plan, "DECODING_BYTES_PER_PIXEL", 0)
+    sizes = load_flux(checkpoints, CPU, DTYPE)["dev"].exact.residency.sizes
     room = max(sizes["dev fp8"] + sizes["VAE"], sizes["T5"] + sizes["CLIP"])
     monkeypatch.setattr(predict, "memory_of", lambda _: Memory(room, 10**9))
     predictor = predict.Predictor()

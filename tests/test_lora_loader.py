@@ -16,11 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-import lora_loader
+from flux import live as live_module
+from flux.device import multiplies_bf16
+from flux.live import LiveWeights
 from flux.models import Flux, load_flux
 from flux.pristine import Pristine
+from lora import merge as merge_module
+from lora.merge import Merge, merge
 from lora.updates import Dora, Full, Hadamard, Kronecker, LowRank, Update
-from lora_loader import LiveWeights, write_weight
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
 Set = tuple[tuple[str, float], ...]  # the LoRAs that are wanted and their strengths
@@ -29,7 +32,7 @@ Set = tuple[tuple[str, float], ...]  # the LoRAs that are wanted and their stren
 @pytest.fixture(scope="module")
 def flux(checkpoints: dict[str, Path]) -> Flux:
     """In bf16 on every machine: this is about weights, and nothing here multiplies in bf16."""
-    return load_flux({"dev": checkpoints["dev"]}, torch.device("cpu"), torch.bfloat16)["dev"]
+    return load_flux({"dev": checkpoints["dev"]}, torch.device("cpu"), torch.bfloat16)["dev"].exact
 
 
 def some_updates(shapes: dict[str, torch.Size], seed: int, every: int) -> dict[str, Update]:
@@ -62,7 +65,7 @@ def some_updates(shapes: dict[str, torch.Size], seed: int, every: int) -> dict[s
 
 @pytest.fixture(scope="module")
 def pristine(flux: Flux) -> Pristine:
-    return flux.pristine["transformer"]
+    return flux.pristine("transformer")
 
 
 @pytest.fixture(scope="module")
@@ -70,12 +73,12 @@ def loras(pristine: Pristine) -> dict[str, dict[str, Update]]:
     return {name: some_updates(pristine.shapes, seed, 3) for seed, name in enumerate("abc")}
 
 
-def parts(loras: dict[str, Any], wanted: Set) -> dict[str, list[tuple[str, float, Update]]]:
+def merges(loras: dict[str, Any], wanted: Set) -> dict[str, Merge]:
     found: dict[str, list[tuple[str, float, Update]]] = {}
-    for lora, strength in wanted:
-        for name, update in loras[lora].items():
-            found.setdefault(name, []).append((lora, strength, update))
-    return found
+    for sha256, strength in wanted:
+        for name, update in loras[sha256].items():
+            found.setdefault(name, []).append((sha256, strength, update))
+    return {name: Merge(parts) for name, parts in found.items()}
 
 
 def weights(module: nn.Module) -> dict[str, Tensor]:
@@ -85,12 +88,12 @@ def weights(module: nn.Module) -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def fresh(flux: Flux, pristine: Pristine, loras: dict[str, Any]) -> Callable[[Set], dict[str, Tensor]]:
     """The weights that a process has whose first and only set this is."""
-    untouched = copy.deepcopy(flux.txt2img.transformer)
+    untouched = copy.deepcopy(flux.transformer)
 
     @functools.cache
     def weights_of(wanted: Set) -> dict[str, Tensor]:
         live = LiveWeights(copy.deepcopy(untouched), pristine)
-        live.apply(parts(loras, wanted))
+        live.apply(merges(loras, wanted))
         return weights(live.module)
 
     return weights_of
@@ -102,12 +105,12 @@ class InterruptedMergeError(BaseException):
 
 @contextmanager
 def interrupted_at(line: int) -> Iterator[None]:
-    """Raise at the `line`-th line of the loader that runs from here on."""
+    """Raise at the `line`-th line of keeping and merging weights that runs from here on."""
     left = line
 
     def trace(frame: FrameType, event: str, _: object) -> Any:
         nonlocal left
-        if frame.f_code.co_filename != lora_loader.__file__:
+        if frame.f_code.co_filename not in (live_module.__file__, merge_module.__file__):
             return None
         if event == "line":
             left -= 1
@@ -135,24 +138,34 @@ def test_weights_depend_on_nothing_that_was_before(
     flux: Flux, pristine: Pristine, loras: dict[str, Any], fresh: Callable[[Set], dict[str, Tensor]], events: Any
 ) -> None:
     """Sets applied, changed, unloaded, merges that break off at any line: each set is bit for bit a fresh one."""
-    live = LiveWeights(flux.txt2img.transformer, pristine)
-    pointers = {name: value.data_ptr() for name, value in flux.txt2img.transformer.named_parameters()}
+    live = LiveWeights(flux.transformer, pristine)
+    pointers = {name: value.data_ptr() for name, value in flux.transformer.named_parameters()}
     for wanted, interrupted in [*events, ((), None)]:
         if interrupted:
             try:
                 with interrupted_at(interrupted):
-                    live.apply(parts(loras, wanted))
+                    live.apply(merges(loras, wanted))
             except InterruptedMergeError:
                 continue
         else:
-            live.apply(parts(loras, wanted))
+            live.apply(merges(loras, wanted))
         expected = fresh(tuple(sorted(wanted)))
-        for name, value in flux.txt2img.transformer.named_parameters():
+        for name, value in flux.transformer.named_parameters():
             assert torch.equal(value, expected[name]), name
             assert value.data_ptr() == pointers[name]  # in place: compiled graphs stay valid
-        assert live.apply(parts(loras, wanted)) == (0, 0)  # the same set again is free
-    for name, value in flux.txt2img.transformer.named_parameters():
+        assert live.apply(merges(loras, wanted)) == (0, 0)  # the same set again is free
+    for name, value in flux.transformer.named_parameters():
         assert torch.equal(value, pristine(name))
+
+
+@torch.no_grad()
+def merge_into(
+    live: Tensor, weight: Tensor, updates: list[tuple[float, Update]], *, bf16_products: bool | None = None
+) -> None:
+    """As `LiveWeights` calls it for the parameter 0.weight."""
+    products = multiplies_bf16(live.device) if bf16_products is None else bf16_products
+    rows = lambda start, some: live[start : start + len(some)].copy_(some)  # noqa: E731
+    merge(updates, weight, {"0.weight": weight}, live, rows, bf16_products=products)
 
 
 def exact_difference(update: Update, weight: Tensor) -> Tensor:
@@ -184,7 +197,7 @@ def units_apart(a: Tensor, b: Tensor) -> Tensor:
 @pytest.mark.parametrize("chunk", [1, 10_000, 2**30])
 def test_merged_weights_are_the_float64_sum_rounded(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     """Every kind, alone and two at once, whatever the rows are that are merged at a time."""
-    monkeypatch.setattr(lora_loader, "CHUNK", chunk)
+    monkeypatch.setattr(merge_module, "CHUNK", chunk)
     shape = torch.Size((192, 256))
     generator = torch.Generator().manual_seed(0)
     weight = (torch.randn(shape, generator=generator) * 0.05).to(torch.bfloat16)
@@ -195,8 +208,7 @@ def test_merged_weights_are_the_float64_sum_rounded(monkeypatch: pytest.MonkeyPa
     for first, second in zip(every_kind, [*every_kind[1:], None], strict=True):
         weighted = [(0.7, first)] + ([(-0.4, second)] if second else [])
         weighted = [(s, replace(u, whole=("0.weight",)) if isinstance(u, Dora) else u) for s, u in weighted]
-        with torch.no_grad():
-            write_weight(layer, "0.weight", lambda _: weight, weighted)
+        merge_into(layer[0].weight, weight, weighted)
         exact = weight.double() + sum(s * exact_difference(update, weight.double()) for s, update in weighted)
         apart = units_apart(layer[0].weight.detach(), exact.to(torch.bfloat16))
         assert apart.max() <= 1
@@ -207,10 +219,9 @@ def test_merged_weights_are_the_float64_sum_rounded(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("strengths", [(0.7, 0.7), (0.7, -0.4)])
 @pytest.mark.parametrize("has_instructions", [True, False])
 def test_one_bf16_product_merges_as_precisely_as_float32(
-    monkeypatch: pytest.MonkeyPatch, strengths: tuple[float, float], has_instructions: bool
+    strengths: tuple[float, float], has_instructions: bool
 ) -> None:
     """With bf16 instructions and without, at one strength and at two, large differences too."""
-    monkeypatch.setattr(lora_loader, "multiplies_bf16", lambda _: has_instructions)
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -223,8 +234,7 @@ def test_one_bf16_product_merges_as_precisely_as_float32(
         LowRank(random(192, 5).to(torch.float8_e4m3fn), random(5, 256).to(torch.bfloat16), 0.3),
     ]
     weighted = list(zip(strengths, updates, strict=True))
-    with torch.no_grad():
-        write_weight(layer, "0.weight", lambda _: weight, weighted)
+    merge_into(layer[0].weight, weight, weighted, bf16_products=has_instructions)
     exact = weight.double() + sum(s * exact_difference(update, weight.double()) for s, update in weighted)
     apart = units_apart(layer[0].weight.detach(), exact.to(torch.bfloat16))
     assert apart.max() <= 1

@@ -15,7 +15,7 @@ from PIL import Image
 
 from flux import models as flux_models
 from flux.device import compute_dtype
-from flux.models import Flux, load_flux
+from flux.models import Flux, Precisions, load_flux
 from flux.pipelines import Job, decode, denoise, encode_picture, encode_prompt, steps_to_run
 from tests.conftest import SHARED_PARTS
 from tests.oracle import diffusers_picture, load_oracle
@@ -27,7 +27,7 @@ PROMPT = "a blue square, and then a long list of other things: " + "more " * 80
 
 
 @pytest.fixture(scope="module")
-def models(checkpoints: dict[str, Path]) -> dict[str, Flux]:
+def models(checkpoints: dict[str, Path]) -> dict[str, Precisions]:
     return load_flux(checkpoints, CPU, DTYPE)
 
 
@@ -58,7 +58,7 @@ def ours(flux: Flux, job: Job, seed: int) -> Image.Image:
     ],
 )
 def test_pictures_are_those_of_diffusers(
-    models: dict[str, Flux],
+    models: dict[str, Precisions],
     oracle: dict[str, object],
     photo: Image.Image,
     model: str,
@@ -69,7 +69,7 @@ def test_pictures_are_those_of_diffusers(
 ) -> None:
     picture = photo.resize(size) if mode != "txt2img" else None
     mask = Image.radial_gradient("L").resize(size).point(lambda v: 255 * (v < 128)) if mode == "inpaint" else None
-    flux = models[model]
+    flux = models[model].exact
     job = Job(
         size=size,
         steps=steps,
@@ -111,10 +111,10 @@ def test_the_count_of_steps_is_that_of_diffusers(steps: int, strength: float) ->
     assert (steps_to_run(steps, 0), steps_to_run(steps, 1)) == (0, steps)
 
 
-def test_the_two_models_share_what_is_the_same(models: dict[str, Flux]) -> None:
+def test_the_two_models_share_what_is_the_same(models: dict[str, Precisions]) -> None:
     for part in SHARED_PARTS:
-        assert len({id(getattr(f.txt2img, part)) for flux in models.values() for f in (flux, flux.fast)}) == 1
-    assert models["dev"].txt2img.transformer is not models["schnell"].txt2img.transformer
+        assert len({id(getattr(flux, part)) for both in models.values() for flux in both}) == 1
+    assert models["dev"].exact.transformer is not models["schnell"].exact.transformer
 
 
 def test_a_part_that_differs_is_not_shared(checkpoints: dict[str, Path], tmp_path: Path) -> None:
@@ -127,9 +127,9 @@ def test_a_part_that_differs_is_not_shared(checkpoints: dict[str, Path], tmp_pat
     config = json.loads((schnell / "vae" / "config.json").read_text())
     (schnell / "vae" / "config.json").write_text(json.dumps(config | {"_name_or_path": "elsewhere"}))
     loaded = load_flux({"dev": checkpoints["dev"], "schnell": schnell}, CPU, DTYPE)
-    dev_parts, schnell_parts = loaded["dev"].txt2img, loaded["schnell"].txt2img
-    assert schnell_parts.vae is dev_parts.vae
-    assert schnell_parts.text_encoder_2 is not dev_parts.text_encoder_2
+    dev, own = loaded["dev"].exact, loaded["schnell"].exact
+    assert own.vae is dev.vae
+    assert own.text_encoder_2 is not dev.text_encoder_2
 
 
 def test_weights_are_memory_mapped_in_bf16(checkpoints: dict[str, Path]) -> None:
@@ -140,8 +140,8 @@ def test_weights_are_memory_mapped_in_bf16(checkpoints: dict[str, Path]) -> None
         if str(checkpoints["dev"]) in line:
             start, end = (int(bound, 16) for bound in line.split()[0].split("-"))
             mappings.append((start, end))
-    pipeline = models["dev"].txt2img
-    for part in (pipeline.transformer, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
+    flux = models["dev"].exact
+    for part in (flux.transformer, flux.vae, flux.text_encoder, flux.text_encoder_2):
         for name, weight in part.named_parameters():
             assert weight.dtype == torch.bfloat16
             assert any(start <= weight.data_ptr() < end for start, end in mappings), name
@@ -149,40 +149,40 @@ def test_weights_are_memory_mapped_in_bf16(checkpoints: dict[str, Path]) -> None
 
 def test_float32_checkpoints_are_loaded_as_bf16(tmp_path: Path) -> None:
     write_random_flux(tmp_path, FluxSize(), model="dev", dtype=torch.float32)
-    pipeline = load_flux({"dev": tmp_path}, CPU, torch.bfloat16)["dev"].txt2img
-    assert {weight.dtype for weight in pipeline.transformer.parameters()} == {torch.bfloat16}
-    assert {weight.dtype for weight in pipeline.text_encoder_2.parameters()} == {torch.bfloat16}
+    flux = load_flux({"dev": tmp_path}, CPU, torch.bfloat16)["dev"].exact
+    assert {weight.dtype for weight in flux.transformer.parameters()} == {torch.bfloat16}
+    assert {weight.dtype for weight in flux.text_encoder_2.parameters()} == {torch.bfloat16}
 
 
 def test_the_same_prompt_again_costs_no_encoding(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     models = load_flux(checkpoints, CPU, DTYPE)
     calls: list[str] = []
-    models["dev"].txt2img.text_encoder_2.register_forward_hook(lambda *_: calls.append("t5"))
-    models["dev"].txt2img.text_encoder.register_forward_hook(lambda *_: calls.append("clip"))
-    first = encode_prompt(models["dev"], "a cat")
-    assert encode_prompt(models["dev"], "a cat") is first
+    models["dev"].exact.text_encoder_2.register_forward_hook(lambda *_: calls.append("t5"))
+    models["dev"].exact.text_encoder.register_forward_hook(lambda *_: calls.append("clip"))
+    first = encode_prompt(models["dev"].exact, "a cat")
+    assert encode_prompt(models["dev"].exact, "a cat") is first
     assert calls == ["t5", "clip"]
     assert first.t5.shape[1] == 512
-    assert encode_prompt(models["schnell"], "a cat").t5.shape[1] == 256
+    assert encode_prompt(models["schnell"].exact, "a cat").t5.shape[1] == 256
     assert calls == ["t5", "clip"] * 2
 
 
 def test_the_embedding_cache_is_bounded_in_bytes(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    one = encode_prompt(load_flux(checkpoints, CPU, DTYPE)["dev"], "size of one").nbytes
+    one = encode_prompt(load_flux(checkpoints, CPU, DTYPE)["dev"].exact, "size of one").nbytes
     monkeypatch.setattr(flux_models, "EMBEDDING_CACHE_BYTES", 2 * one)
-    flux = load_flux(checkpoints, CPU, DTYPE)["dev"]
+    flux = load_flux(checkpoints, CPU, DTYPE)["dev"].exact
     for prompt in ("a", "b", "a", "c"):
         encode_prompt(flux, prompt)
     assert {prompt for prompt, _ in flux.embeddings} == {"a", "c"}  # b is the one unused for longest
     monkeypatch.setattr(flux_models, "EMBEDDING_CACHE_BYTES", one - 1)
-    tiny = load_flux(checkpoints, CPU, DTYPE)["dev"]
+    tiny = load_flux(checkpoints, CPU, DTYPE)["dev"].exact
     assert encode_prompt(tiny, "too large to keep").nbytes == one
     assert not tiny.embeddings
 
 
-def test_a_prompt_too_long_is_said_in_the_log(models: dict[str, Flux], caplog: pytest.LogCaptureFixture) -> None:
+def test_a_prompt_too_long_is_said_in_the_log(models: dict[str, Precisions], caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        encode_prompt(models["schnell"], "x" * 100)
+        encode_prompt(models["schnell"].exact, "x" * 100)
         assert not caplog.messages
-        encode_prompt(models["schnell"], "x" * 400)
+        encode_prompt(models["schnell"].exact, "x" * 400)
     assert caplog.messages == ["the prompt has 402 tokens, of which schnell reads the first 256"]

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from flux import models as flux_models
+from flux import plan
 from flux.device import Memory, compute_dtype
-from flux.models import Flux, fits, load_flux, settle
+from flux.models import Flux, Precisions, fill_device, fits, load_flux
 from flux.pipelines import Job, decode, denoise, encode_prompt
-from flux.residency import Moves, TooSmallError, plan_layout, plan_moves
+from flux.plan import Moves, TooSmallError, plan_layout, plan_moves
 from settings import GB
 
 CPU = torch.device("cpu")
@@ -36,17 +36,17 @@ WORK = int(0.85 * GB)
 
 
 @pytest.mark.parametrize(
-    ("card", "usable", "resident", "encoders_stay"),
+    ("card", "resident"),
     [
-        (80, TRANSFORMERS, ["VAE", "CLIP", "T5", "dev", "dev fp8", "schnell"], True),
-        (48, TRANSFORMERS, ["VAE", "CLIP", "T5", "dev", "dev fp8"], True),
-        (24, ["dev fp8", "schnell fp8"], ["VAE", "CLIP", "T5", "dev fp8"], True),
-        (16, ["dev fp8", "schnell fp8"], ["VAE", "dev fp8"], False),
+        (80, ["VAE", "CLIP", "T5", "dev", "dev fp8", "schnell"]),
+        (48, ["VAE", "CLIP", "T5", "dev", "dev fp8"]),
+        (24, ["VAE", "CLIP", "T5", "dev fp8"]),
+        (16, ["VAE", "dev fp8"]),
     ],
 )
-def test_what_cards_do_with_flux_1(card: int, usable: list[str], resident: list[str], encoders_stay: bool) -> None:
+def test_what_cards_do_with_flux_1(card: int, resident: list[str]) -> None:
     layout = plan_layout(SIZES, Memory(card * GB, 128 * GB), TRANSFORMERS, ENCODERS, WORK)
-    assert (layout.usable, layout.resident, layout.encoders_stay) == (usable, resident, encoders_stay)
+    assert layout.resident == resident
     assert not layout.on_disk
     assert sum(SIZES[name] for name in layout.resident) + WORK <= card * GB
 
@@ -128,26 +128,30 @@ def picture(flux: Flux, prompt: str, on_step: object = None) -> Tensor:
     return latents
 
 
-def precisions(models: dict[str, Flux]) -> dict[str, Flux]:
-    return {**models, **{f"{name} fp8": flux.fast for name, flux in models.items() if flux.fast}}
+def precisions(models: dict[str, Precisions]) -> dict[str, Flux]:
+    return {
+        name: flux
+        for model, both in models.items()
+        for name, flux in ((model, both.exact), (f"{model} fp8", both.fast))
+    }
 
 
-def modules(models: dict[str, Flux]) -> dict[str, nn.Module]:
-    shared = models["dev"].txt2img
-    transformers = {name: flux.txt2img.transformer for name, flux in precisions(models).items()}
+def modules(models: dict[str, Precisions]) -> dict[str, nn.Module]:
+    shared = models["dev"].exact
+    transformers = {name: flux.transformer for name, flux in precisions(models).items()}
     return {**transformers, "T5": shared.text_encoder_2, "CLIP": shared.text_encoder, "VAE": shared.vae}
 
 
 @pytest.fixture
 def small_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiny models on devices of their size: activations would be most of it."""
-    monkeypatch.setattr(flux_models, "DENOISING_BYTES_PER_PIXEL", 0)
-    monkeypatch.setattr(flux_models, "DECODING_BYTES_PER_PIXEL", 0)
+    monkeypatch.setattr(plan, "DENOISING_BYTES_PER_PIXEL", 0)
+    monkeypatch.setattr(plan, "DECODING_BYTES_PER_PIXEL", 0)
 
 
 def device_of(checkpoints: dict[str, Path], *parts: str) -> Memory:
     """One that just holds these."""
-    sizes = load_flux(checkpoints, CPU, DTYPE).popitem()[1].residency.sizes
+    sizes = load_flux(checkpoints, CPU, DTYPE).popitem()[1].exact.residency.sizes
     return Memory(sum(sizes[part] for part in parts), 10 * GB)
 
 
@@ -158,9 +162,9 @@ def test_a_small_device_moves_parts_and_draws_the_same_pictures(
     expected = {name: picture(flux, "a cat") for name, flux in precisions(load_flux(checkpoints, CPU, DTYPE)).items()}
     memory = device_of(checkpoints, "dev", "dev fp8", "VAE", "T5", "CLIP")
     models = load_flux(checkpoints, CPU, DTYPE, memory)
-    residency = models["dev"].residency
+    residency = models["dev"].exact.residency
     assert residency.resident == []
-    settle(models)
+    fill_device(models)
     assert residency.resident == ["VAE", "CLIP", "T5", "dev", "dev fp8"]
 
     def moved_by(name: str) -> list[str]:
@@ -185,10 +189,9 @@ def test_a_device_without_room_for_the_exact_transformer_has_room_for_its_twin(c
     memory = device_of(checkpoints, "dev", "VAE")
     memory = Memory(memory.device - 1, memory.host)
     flux = load_flux(checkpoints, CPU, DTYPE, memory)["dev"]
-    assert flux.fast is not None
-    assert (fits(flux, (256, 256)), fits(flux.fast, (256, 256))) == (False, True)
+    assert (fits(flux.exact, (256, 256)), fits(flux.fast, (256, 256))) == (False, True)
     with pytest.raises(TooSmallError, match="but dev and VAE with"):
-        picture(flux, "a cat")
+        picture(flux.exact, "a cat")
     picture(flux.fast, "a cat")
 
 
@@ -196,11 +199,11 @@ def test_a_device_without_room_for_the_exact_transformer_has_room_for_its_twin(c
 def test_a_device_too_small_for_anything_fails_at_the_start(checkpoints: dict[str, Path]) -> None:
     memory = Memory(device_of(checkpoints, "dev fp8").device // 2, GB)
     with pytest.raises(TooSmallError, match="at once"):
-        settle(load_flux(checkpoints, CPU, DTYPE, memory))
+        fill_device(load_flux(checkpoints, CPU, DTYPE, memory))
 
 
 def test_out_of_memory_is_one_sentence_and_the_next_request_is_fine(checkpoints: dict[str, Path]) -> None:
-    flux = load_flux(checkpoints, CPU, DTYPE)["dev"]
+    flux = load_flux(checkpoints, CPU, DTYPE)["dev"].exact
     expected = picture(flux, "a cat")
 
     scratch: list[weakref.ref[Tensor]] = []
@@ -211,11 +214,11 @@ def test_out_of_memory_is_one_sentence_and_the_next_request_is_fine(checkpoints:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB\nand much more")
 
     with pytest.raises(RuntimeError) as caught:
-        flux.residency.guarded(lambda: picture(flux, "a cat", too_much))
+        flux.residency.or_clear(lambda: picture(flux, "a cat", too_much))
     assert str(caught.value).startswith("The device ran out of memory")
     assert "\n" not in str(caught.value)
     assert caught.value.__cause__ is caught.value.__context__ is None
     assert scratch[0]() is None
     assert flux.residency.resident == []
-    assert not any(parameter.numel() for parameter in flux.txt2img.transformer.parameters())
+    assert not any(parameter.numel() for parameter in flux.transformer.parameters())
     assert torch.equal(picture(flux, "a cat"), expected)
