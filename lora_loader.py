@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, TypeAlias, get_args
 
-import torch
-
 from fetch.sources import FetchedLora, fetch_lora, fetch_weights, in_use
 from flux.models import Flux, Models, residency_of
 from lora.formats import Adapter, read_lora
 from lora.merge import Merge
-from lora.names import CLIP, T5, TRANSFORMER
+from lora.names import CLIP, T5, TRANSFORMER, Shapes
 from lora.updates import Update, rank_of
+from phases import Phases
 from settings import MB, Settings
 
 log = logging.getLogger("flux-lora")
@@ -77,18 +76,21 @@ class LoraLoader:
         model, precisions = next(iter(self.models.items()))
         self.apply(precisions.exact, [self._active(model, self._own, 1.0)])
 
-    def load(self, model: str, main: Request, extra: Request) -> list[ActiveLora]:
-        """The LoRAs of one request, fetched and read for `model`, at their strengths.
+    def load(self, model: str, main: Request, extra: Request, phases: Phases) -> list[ActiveLora]:
+        """The LoRAs of one request, fetched and read for `model`, at their strengths. Counts the phases "lora_fetch"
+        (asking, waiting for another process that fetches the same file, downloading) and "lora_read".
 
         A reference of None or without text names none; for the main one that is the fine-tune's own where there is one.
         Raises `LoraError`.
         """
         active = []
         for (reference, strength), own in ((main, self._own), (extra, None)):
-            if reference and reference.strip():
-                active.append(self._active(model, fetch_lora(reference, self.settings), strength))
-            elif own:
-                active.append(self._active(model, own, strength))
+            named = reference if reference and reference.strip() else None
+            with phases.time("lora_fetch"):
+                fetched = fetch_lora(named, self.settings) if named else own
+            if fetched:
+                with phases.time("lora_read"):
+                    active.append(self._active(model, fetched, strength))
         return active
 
     def _active(self, model: str, fetched: FetchedLora, strength: float) -> ActiveLora:
@@ -104,7 +106,7 @@ class LoraLoader:
             del self._memory[next(iter(self._memory))]
         return ActiveLora(lora, strength, fetched.cache)
 
-    def _shapes(self, model: str) -> dict[str, dict[str, torch.Size]]:
+    def _shapes(self, model: str) -> Shapes:
         return {component: self.models[model].exact.pristine(component).shapes for component in COMPONENTS}
 
     def apply(self, flux: Flux, loras: Sequence[ActiveLora]) -> tuple[tuple[str, float], ...]:

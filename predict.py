@@ -8,14 +8,25 @@ import tempfile
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from cog import BaseRunner, Input, Path
 from PIL import Image
 from tqdm import tqdm
 
 from flux.checkpoints import find_checkpoints, is_demo
-from flux.device import check_device, choose_device, compiles, compute_dtype, memory_of
-from flux.models import FP8, Flux, cache_blocks, compile_blocks, fill_device, fits, load_flux, use_fast_kernels
+from flux.device import check_device, choose_device, compiles, compute_dtype, memory_of, synchronize
+from flux.models import (
+    FP8,
+    Flux,
+    cache_blocks,
+    compile_blocks,
+    fill_device,
+    fits,
+    load_flux,
+    residency_of,
+    use_fast_kernels,
+)
 from flux.pipelines import Job, decode, denoise, encode_picture, encode_prompt, steps_to_run, warm_up
 from images import Inputs, Size, keep_unmasked, read_inputs, save_pictures
 from lora_loader import ActiveLora, LoraLoader, slowest_origin
@@ -27,7 +38,7 @@ log = logging.getLogger("flux-lora")
 log.setLevel(logging.INFO)
 logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)  # for the libraries
 
-METRIC_PHASES = ("lora_fetch", "lora_apply", "encode", "denoise", "decode", "safety", "save")
+METRIC_PHASES = ("lora_fetch", "lora_read", "load", "lora_apply", "encode", "denoise", "decode", "safety", "save")
 INPUT_SAFETY = "safety of the input"  # counted in safety_time
 KEPT_OUTPUT_FOLDERS = 2  # the last request's and this one's
 
@@ -52,7 +63,7 @@ class Predictor(BaseRunner):
         """Load both models; everything that can be wrong with the environment is an error here, of one sentence."""
         self.settings = read_settings()
         self.device = choose_device(self.settings.flux_device)
-        phases = Phases(self.device)
+        phases = Phases(partial(synchronize, self.device))
         with phases.time("load safety checker"):
             self.screener = load_screener(self.settings, self.device)
         with phases.time("find weights"):
@@ -187,17 +198,17 @@ class Predictor(BaseRunner):
         # JSON's 28.0 is an integer to the schema and a float to Python
         num_outputs, steps, quality = int(num_outputs), int(num_inference_steps), int(output_quality)
         seed = _usable_seed(seed, num_outputs)
-        phases = Phases(self.device)
+        phases = Phases(partial(synchronize, self.device))
+        residency_of(self.models).phases = phases
 
         with phases.time("read"):
             inputs = read_inputs(image, mask, aspect_ratio, megapixels, width, height)
         custom = aspect_ratio == "custom" and inputs.picture is None
         flux = self._choose(model, inputs.size, fast=go_fast, custom=custom)
         factor = self.settings.go_fast_lora_multiplier if go_fast and flux.precision == FP8 else 1.0
-        with phases.time("lora_fetch"):
-            loras = self.loras.load(
-                model, (replicate_weights, lora_scale * factor), (extra_lora, extra_lora_scale * factor)
-            )
+        loras = self.loras.load(
+            model, (replicate_weights, lora_scale * factor), (extra_lora, extra_lora_scale * factor), phases
+        )
         log.info("%s, %s, %d x %d, seed %d", model, inputs.mode, *inputs.size, seed)
         if inputs.picture and self.settings.safety_check_inputs and not disable_safety_checker:
             self._screen_input(inputs.picture, phases)

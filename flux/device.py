@@ -2,7 +2,11 @@
 
 import logging
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -84,3 +88,89 @@ def synchronize(device: torch.device) -> None:
     """Wait for what was queued on a GPU, so that a clock read next is right; a CPU has nothing queued."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def pinned_bytes(size: int, device: torch.device) -> torch.Tensor:
+    """A buffer of `size` bytes in host memory, uint8; pinned where the device is a GPU, which copies from it at the
+    bus's speed."""
+    return torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+
+
+def to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in host memory."""
+    return tensor.to("cpu", copy=True)
+
+
+class CopyStream:
+    """A stream of a GPU's for copies from host memory, beside the one that computes. The copies of one buffer are known
+    by their `slot`. On a CPU a copy has happened when it is asked for, and there is nothing to wait for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._device = device
+        self._events: dict[int, Any] = {}  # by slot: after its last copy
+
+    @contextmanager
+    def queue(self, slot: int) -> Iterator[None]:
+        """Copies that are asked for within are queued here."""
+        if self._stream is None:
+            yield
+            return
+        with torch.cuda.stream(self._stream):
+            try:
+                yield
+            finally:
+                self._events[slot] = self._stream.record_event()
+
+    def wait_for_copies(self, slot: int) -> None:
+        """Block until the copies of the slot are done."""
+        if event := self._events.get(slot):
+            event.synchronize()
+
+    def wait_for_current_work(self) -> None:
+        """What is queued here from now on begins after what the current stream has been asked for so far."""
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+
+    def let_current_work_wait(self, slot: int) -> None:
+        """What the current stream is asked for from now on begins after the copies of the slot."""
+        if event := self._events.get(slot):
+            torch.cuda.current_stream(self._device).wait_event(event)
+
+    def used_by_current_work(self, tensor: torch.Tensor) -> None:
+        """A tensor that was made here is used there: its memory is free only after both."""
+        if self._stream is not None:
+            tensor.record_stream(torch.cuda.current_stream(self._device))
+
+
+class Stopwatch:
+    """Adds up how long what is asked for while it runs takes on the device, without waiting for it in between."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._seconds = 0.0
+        self._events: list[tuple[Any, Any]] = []
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        started = self._now()
+        yield
+        if self._on_gpu:
+            self._events.append((started, self._now()))
+        else:
+            self._seconds += self._now() - started
+
+    def seconds(self) -> float:
+        """Waits for the device, once."""
+        if self._events:
+            self._events[-1][1].synchronize()
+            self._seconds += sum(start.elapsed_time(end) for start, end in self._events) / 1000
+            self._events = []
+        return self._seconds
+
+    def _now(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event

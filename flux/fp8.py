@@ -73,12 +73,13 @@ def new_twin(
 ) -> FluxTransformer2DModel:
     """A transformer of the same shape in which `layers` (None: all inside the blocks) are fp8. It has no weights yet:
     they are on the meta device."""
+    dtype = transformer.dtype
     with torch.device("meta"):
         twin = FluxTransformer2DModel.from_config(transformer.config)
-        nn.Module.to(twin, transformer.dtype)
+        nn.Module.to(twin, dtype)
         for name in fp8_layers(twin) if layers is None else layers:
             linear = twin.get_submodule(name)
-            fp8 = Fp8Linear(linear.in_features, linear.out_features, weight_only=weight_only, dtype=transformer.dtype)
+            fp8 = Fp8Linear(linear.in_features, linear.out_features, weight_only=weight_only, dtype=dtype)
             twin.set_submodule(name, fp8)
     return twin.eval().requires_grad_(False)
 

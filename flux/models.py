@@ -5,7 +5,7 @@ The files are read by diffusers and transformers. Which part is on the device at
 
 import json
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 
 from flux.device import Memory, has_fp8_units
 from flux.fp8 import new_twin
-from flux.plan import FP8_SUFFIX, VAE, denoising_bytes, plan_layout
+from flux.plan import CLIP, FP8_SUFFIX, T5, VAE, Sizes, denoising_bytes, picture_bytes, plan_layout
 from flux.pristine import Pristine
 from flux.residency import Residency
 
@@ -41,8 +41,8 @@ NETWORKS: dict[str, Any] = {
     "text_encoder_2": T5EncoderModel,
     "transformer": FluxTransformer2DModel,
 }
-NAMES = {"vae": VAE, "text_encoder": "CLIP", "text_encoder_2": "T5"}  # in plans and in the log
-ENCODERS = ("CLIP", "T5")
+NAMES = {"vae": VAE, "text_encoder": CLIP, "text_encoder_2": T5}  # in plans and in the log
+T5_BLOCKS = "encoder.block"
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Flux:
 
     def pristine(self, component: str) -> Pristine:
         """The weights of one of `NETWORKS` as the checkpoint has them."""
-        return self.residency.pristine(getattr(self, component))
+        return self.residency.live(getattr(self, component)).pristine
 
 
 class Precisions(NamedTuple):
@@ -126,14 +126,19 @@ def load_flux(
                 parts[part] = _load_part(residency, called, folder / part, dtype)
         first = first or parts
         parts["scheduler"] = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
-        exact = _load_part(residency, name, folder / "transformer", dtype)
-        twin = new_twin(exact, weight_only=not has_fp8_units(device))
-        residency.add(name + FP8_SUFFIX, twin, residency.pristine(exact), loaded=False)
-        parts |= {"residency": residency, "embeddings": _embedding_cache()}
-        models[name] = Precisions(
-            Flux(name, PRECISIONS[dtype], transformer=exact, **parts), Flux(name, FP8, transformer=twin, **parts)
-        )
+        parts["transformer"] = _load_part(residency, name, folder / "transformer", dtype)
+        models[name] = with_twin(residency, name, parts, weight_only=not has_fp8_units(device))
     return models
+
+
+def with_twin(residency: Residency, name: str, parts: Mapping[str, Any], *, weight_only: bool) -> Precisions:
+    """A model in both precisions, of its components, whose networks `residency` has; the fp8 twin is built when it is
+    first used."""
+    transformer = parts["transformer"]
+    twin = new_twin(transformer, weight_only=weight_only)
+    residency.add(name + FP8_SUFFIX, twin, residency.live(transformer).pristine, loaded=False)
+    exact = Flux(name, PRECISIONS[transformer.dtype], residency=residency, **parts)
+    return Precisions(exact, replace(exact, precision=FP8, transformer=twin))
 
 
 def residency_of(models: Models) -> Residency:
@@ -147,7 +152,8 @@ def _load_part(residency: Residency, name: str, folder: Path, dtype: torch.dtype
     device = torch.device("cpu") if limited else residency.device
     part_class = NETWORKS[folder.name]
     module = part_class.from_pretrained(folder, device_map=str(device), use_safetensors=True, dtype=dtype).eval()
-    residency.add(name, module, Pristine(folder, module), loaded=not limited)
+    pristine = Pristine.of(folder, module, residency.stream)
+    residency.add(name, module, pristine, loaded=not limited, shared=folder.name in NAMES)
     return module
 
 
@@ -159,8 +165,12 @@ def fill_device(models: Models) -> None:
     residency = residency_of(models)
     if residency.memory is not None:
         transformers = [name + suffix for name in models for suffix in ("", FP8_SUFFIX)]
-        work = denoising_bytes(TYPICAL_SIZE)
-        residency.bring(plan_layout(residency.sizes, residency.memory, transformers, ENCODERS, work))
+        t5, room = next(iter(models.values())).exact.text_encoder_2, picture_bytes(TYPICAL_SIZE)
+        sizes = Sizes(residency.sizes, {T5: residency.streamed_size(t5, T5_BLOCKS)})
+        layout = plan_layout(sizes, residency.memory, transformers, denoising_bytes(TYPICAL_SIZE), room)
+        if layout.streamed:
+            residency.stream_blocks(t5, T5_BLOCKS)
+        residency.bring(layout, room)
 
 
 def compile_blocks(models: Models, backend: str = "inductor") -> None:

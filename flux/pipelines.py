@@ -23,7 +23,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
 from flux.models import Flux, Models, PromptEmbeds, precisions
-from flux.plan import decoding_bytes, denoising_bytes
+from flux.plan import decoding_bytes, denoising_bytes, picture_bytes
 from images import Size
 
 log = logging.getLogger("flux-lora")
@@ -143,7 +143,7 @@ def denoise(flux: Flux, job: Job, seed: int, on_step: Callable[[], object]) -> t
     The loop queues kernels and nothing else: no value comes back from the device and none goes there.
     """
     transformer, dtype = flux.transformer, flux.dtype
-    flux.residency.use(transformer, flux.vae, work=denoising_bytes(job.size))
+    flux.residency.use(transformer, flux.vae, work=denoising_bytes(job.size), room=picture_bytes(job.size))
     start = prepare(flux, job, seed)
     schedule = start.schedule
     latents = start.noise if start.image is None else _noised(start, start.image, start.first_step)

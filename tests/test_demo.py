@@ -173,7 +173,7 @@ def test_two_loras_combine(demo: Server) -> None:
 
 @pytest.mark.parametrize("name", ["sunset", "pastel"])
 def test_both_layouts_of_a_demo_lora_do_the_same(name: str) -> None:
-    shapes = {"transformer": Pristine(DEV, new_transformer(guidance=True)).shapes}
+    shapes = {"transformer": Pristine.of(DEV, new_transformer(guidance=True)).shapes}
     ours, kohya = (
         read_lora(WEIGHTS / "demo-loras" / f"{file}.safetensors", shapes, file).updates["transformer"]
         for file in (name, f"{name}-kohya")

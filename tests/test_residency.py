@@ -10,89 +10,107 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from bench.cards import CARDS, tour
 from flux import plan
 from flux.device import Memory, compute_dtype
 from flux.models import Flux, Precisions, fill_device, fits, load_flux
 from flux.pipelines import Job, decode, denoise, encode_prompt
-from flux.plan import Moves, TooSmallError, plan_layout, plan_moves
+from flux.plan import CLIP, T5, VAE, Layout, Sizes, TooSmallError, plan_layout, plan_moves, plan_room
 from settings import GB
 
 CPU = torch.device("cpu")
 DTYPE = compute_dtype(CPU)
-# FLUX.1's own: 11.9 billion parameters, in bf16 and with the blocks' linear layers in fp8
-FLUX_1 = {
-    "dev": 23.8 * GB,
-    "dev fp8": 11.98 * GB,
-    "schnell": 23.78 * GB,
-    "schnell fp8": 11.96 * GB,
-    "T5": 9.52 * GB,
-    "CLIP": 0.25 * GB,
-    "VAE": 0.17 * GB,
-}
-SIZES = {name: int(size) for name, size in FLUX_1.items()}
-TRANSFORMERS = ["dev", "dev fp8", "schnell", "schnell fp8"]
-ENCODERS = ["CLIP", "T5"]
-WORK = int(0.85 * GB)
+TOUCHED = ".attn.to_q"  # of the blocks' layers, so that the LoRAs of these tests are quick: 1.08 GB in bf16
+TOUCHED_BYTES = 57 * 3072 * 3072 * 2
+T5_BLOCKS_BYTES = 9_261_420_544
+DEV, DEV_FP8, SCHNELL_FP8 = 23_802_816_640, 11_980_728_448, 11_980_728_448
 
 
 @pytest.mark.parametrize(
-    ("card", "resident"),
+    ("card", "start", "new_prompt", "another_lora", "dev_and_schnell"),
     [
-        (80, ["VAE", "CLIP", "T5", "dev", "dev fp8", "schnell"]),
-        (48, ["VAE", "CLIP", "T5", "dev", "dev fp8"]),
-        (24, ["VAE", "CLIP", "T5", "dev fp8"]),
-        (16, ["VAE", "dev fp8"]),
+        ("H100", ["VAE", "CLIP", "T5", "dev", "dev fp8"], 0, 0, 0),
+        ("A100", ["VAE", "CLIP", "T5", "dev", "dev fp8"], 0, 0, 0),
+        ("L40S", ["VAE", "CLIP", "T5", "dev", "dev fp8"], T5_BLOCKS_BYTES, 0, DEV),
+        ("RTX 4090", ["VAE", "CLIP", "T5", "dev fp8"], T5_BLOCKS_BYTES, 0, SCHNELL_FP8),
+        ("L4", ["VAE", "CLIP", "T5", "dev fp8"], T5_BLOCKS_BYTES, 0, SCHNELL_FP8),
+        ("16 GB", ["VAE", "dev fp8"], 9_770_742_272, TOUCHED_BYTES, SCHNELL_FP8),  # all of T5 and CLIP
     ],
 )
-def test_what_cards_do_with_flux_1(card: int, resident: list[str]) -> None:
-    layout = plan_layout(SIZES, Memory(card * GB, 128 * GB), TRANSFORMERS, ENCODERS, WORK)
-    assert layout.resident == resident
-    assert not layout.on_disk
-    assert sum(SIZES[name] for name in layout.resident) + WORK <= card * GB
+def test_what_real_cards_hold_of_flux_1_and_what_moves_between_requests(
+    card: str, start: list[str], new_prompt: int, another_lora: int, dev_and_schnell: int
+) -> None:
+    """The real plan and the real loads and merges, on parts of FLUX.1's shapes; bytes from host memory."""
+    assert tour(CARDS[card], TOUCHED) == (
+        start,
+        {
+            "new prompt": new_prompt,
+            "another LoRA": another_lora,
+            "another LoRA, go_fast": another_lora,
+            "dev and dev go_fast": 0,
+            "dev and schnell": dev_and_schnell,
+        },
+    )
+
+
+def test_a_lora_on_every_layer_crosses_once_where_its_pristine_weights_find_no_room() -> None:
+    every_layer = 23_668_457_472
+    moved = tour(CARDS["RTX 4090"])[1]
+    assert moved["another LoRA"] == moved["another LoRA, go_fast"] == every_layer
+
+
+# FLUX.1's own: 11.9 billion parameters, in bf16 and with the blocks' linear layers in fp8
+PARTS = {name: int(size * GB) for name, size in {"dev": 23.8, "dev fp8": 11.98, "schnell": 23.78}.items()}
+PARTS |= {name: int(size * GB) for name, size in {"schnell fp8": 11.96, T5: 9.52, CLIP: 0.25, VAE: 0.17}.items()}
+SIZES = Sizes(PARTS, {T5: int(0.65 * GB)})
+TRANSFORMERS = ["dev", "dev fp8", "schnell", "schnell fp8"]
+WORK, ROOM = int(0.85 * GB), int(2.2 * GB)
+
+
+def layout(card: float, host: float = 128) -> Layout:
+    return plan_layout(SIZES, Memory(int(card * GB), int(host * GB)), TRANSFORMERS, WORK, ROOM)
+
+
+def test_two_precisions_come_before_whole_encoders_and_pristine_weights_before_a_second_model() -> None:
+    assert (layout(45).resident, layout(45).streamed) == ([VAE, CLIP, T5, "dev", "dev fp8"], [T5])
+    assert (layout(49).resident, layout(49).streamed) == ([VAE, CLIP, T5, "dev", "dev fp8"], [])
+    assert layout(83).resident == [VAE, CLIP, T5, "dev", "dev fp8"]
+    assert layout(96).resident == [VAE, CLIP, T5, "dev", "dev fp8", "schnell"]
+
+
+def test_fp8_weights_stay_in_host_memory_where_they_will_have_to_leave_the_device_and_it_holds_them() -> None:
+    assert layout(23).keeps_twins
+    assert not layout(23, host=40).keeps_twins
+    assert not layout(140).keeps_twins  # where everything fits
 
 
 def test_what_a_small_host_cannot_keep_is_read_from_the_disk() -> None:
-    layout = plan_layout(SIZES, Memory(16 * GB, 32 * GB), TRANSFORMERS, ENCODERS, WORK)
-    assert (layout.waiting, layout.on_disk) == (ENCODERS, ["schnell fp8"])  # what every new prompt moves comes first
-    assert plan_layout(SIZES, Memory(80 * GB, 16 * GB), TRANSFORMERS, ENCODERS, WORK).on_disk == ["schnell fp8"]
+    small = layout(14.5, host=32)
+    assert (small.resident, small.waiting, small.on_disk) == ([VAE, "dev fp8"], [CLIP, T5], ["schnell fp8"])
+    assert layout(80, host=16).on_disk == ["schnell", "schnell fp8"]
 
 
 @pytest.mark.parametrize("card", [8, 9, 12])
 def test_a_card_that_is_too_small_for_anything_is_told_what_it_takes(card: int) -> None:
     with pytest.raises(TooSmallError) as caught:
-        plan_layout(SIZES, Memory(card * GB, 128 * GB), TRANSFORMERS, ENCODERS, WORK)
-    message = str(caught.value)
-    assert message == (
+        layout(card)
+    assert str(caught.value) == (
         f"The device has {card}.0 GB for models, but schnell fp8 and VAE with 0.8 GB to work in need 13.0 GB at once."
     )
 
 
-def moves_of(card: int, *requests: str) -> list[Moves]:
-    """What a sequence of requests moves on an empty card: each encodes a new prompt, denoises, decodes."""
-    resident: list[str] = []
-    done = []
-    for transformer in requests:
-        for needed, work in ((ENCODERS, 0), ([transformer, "VAE"], WORK), (["VAE"], 2 * WORK)):
-            moves = plan_moves(SIZES, card * GB, resident, needed, work)
-            resident = [name for name in resident if name not in (*moves.evict, *needed)] + list(needed)
-            assert sum(SIZES[name] for name in resident) + work <= card * GB
-            done.append(moves)
-    return [moves for moves in done if moves.evict or moves.load]
+def test_room_for_what_comes_next_is_kept_where_there_can_be_so_much() -> None:
+    parts, there = {"a": 6, "b": 3, "c": 2}, ["b", "c"]
+    assert plan_moves(parts, 12, there, ["a"], 1).evict == []
+    assert plan_moves(parts, 12, there, ["a"], 1, room=3).evict == ["b"]
+    assert plan_moves(parts, 12, there, ["a"], 1, room=7).evict == []  # there never is
 
 
-def test_the_least_recently_used_goes_first_and_no_more_than_has_to() -> None:
-    assert moves_of(80, "dev", "dev fp8", "schnell", "dev", "schnell fp8")[-1] == Moves(["dev fp8"], ["schnell fp8"])
-    assert moves_of(48, "dev", "dev fp8", "dev", "dev fp8")[3:] == []
-    assert moves_of(48, "dev", "schnell")[-1] == Moves(["dev"], ["schnell"])
-
-
-def test_on_a_card_of_16_gb_the_text_encoders_leave_before_denoising() -> None:
-    assert moves_of(16, "dev fp8", "dev fp8") == [
-        Moves([], ENCODERS),
-        Moves(ENCODERS, ["dev fp8", "VAE"]),
-        Moves(["dev fp8"], ENCODERS),
-        Moves(ENCODERS, ["dev fp8"]),
-    ]
+def test_the_least_recently_used_idle_parts_leave_for_pristine_copies_if_that_is_enough() -> None:
+    parts = {"a": 3, "b": 4}
+    assert plan_room(parts, 5, ["a", "b"], 5) == []
+    assert plan_room(parts, 1, ["a", "b"], 4) == ["a"]
+    assert plan_room(parts, 1, ["a", "b"], 9) is None
 
 
 @given(

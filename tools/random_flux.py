@@ -5,7 +5,7 @@ and benchmarks build theirs with it.
 """
 
 import string
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,6 +31,8 @@ class FluxSize:
     clip_layers: int = 1
     vae_channels: tuple[int, int, int, int] = (8, 8, 16, 16)
     vae_layers: int = 1
+    clip_tokens: int | None = None  # in the vocabulary; None: the tokenizer's own few
+    t5_tokens: int | None = None
 
 
 # FLUX.1's own width everywhere, at a depth that two cores can run; the whole model has 19 + 38 blocks, 24 T5 layers.
@@ -48,6 +50,21 @@ FULL_WIDTH = FluxSize(
 )
 
 
+FLUX_1 = replace(
+    FULL_WIDTH, double_blocks=19, single_blocks=38, t5_layers=24, clip_layers=12, clip_tokens=49408, t5_tokens=32128
+)
+
+
+def new_networks(size: FluxSize, *, model: str) -> dict[str, torch.nn.Module]:
+    """The networks of `model` by their names in a pipeline, with whatever weights the default device and dtype give."""
+    return {
+        "vae": _vae(size),
+        "text_encoder": _clip(size, _clip_tokenizer()),
+        "text_encoder_2": _t5(size, _t5_tokenizer()),
+        "transformer": _transformer(size, guidance=model == "dev"),
+    }
+
+
 def write_random_flux(
     folder: Path, size: FluxSize, *, model: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0
 ) -> None:
@@ -61,15 +78,11 @@ def write_random_flux(
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            clip_tokenizer, t5_tokenizer = _clip_tokenizer(), _t5_tokenizer()
             FluxPipeline(
                 scheduler=new_scheduler(model),
-                vae=_vae(size),
-                text_encoder=_clip(size, clip_tokenizer),
-                tokenizer=clip_tokenizer,
-                text_encoder_2=_t5(size, t5_tokenizer),
-                tokenizer_2=t5_tokenizer,
-                transformer=_transformer(size, guidance=model == "dev"),
+                tokenizer=_clip_tokenizer(),
+                tokenizer_2=_t5_tokenizer(),
+                **new_networks(size, model=model),
             ).save_pretrained(folder, max_shard_size="2GB")
     finally:
         torch.set_default_dtype(default_dtype)
@@ -116,7 +129,7 @@ def _vae(size: FluxSize) -> AutoencoderKL:
 def _clip(size: FluxSize, tokenizer: CLIPTokenizer) -> CLIPTextModel:
     return CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=len(tokenizer),
+            vocab_size=size.clip_tokens or len(tokenizer),
             hidden_size=size.clip_width,
             intermediate_size=4 * size.clip_width,
             projection_dim=size.clip_width,
@@ -133,7 +146,7 @@ def _clip(size: FluxSize, tokenizer: CLIPTokenizer) -> CLIPTextModel:
 def _t5(size: FluxSize, tokenizer: T5Tokenizer) -> T5EncoderModel:
     return T5EncoderModel(
         T5Config(
-            vocab_size=len(tokenizer),
+            vocab_size=size.t5_tokens or len(tokenizer),
             d_model=size.t5_width,
             d_ff=size.t5_width * 5 // 2,
             d_kv=min(64, size.t5_width),
