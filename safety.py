@@ -7,13 +7,10 @@ its scores is above its limit. What a checker cannot score is not shown: whateve
 import importlib.resources
 import logging
 import math
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
-from queue import Empty, SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -26,6 +23,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from flux.checkpoints import WEIGHTS, resolve_folder
 from settings import Settings, SettingsError
+from threads import TimeLimitError, Worker
 
 log = logging.getLogger("flux-lora")
 
@@ -39,7 +37,6 @@ VIT_FOLDER = WEIGHTS / "nsfw_image_detection"
 CHECKER_FILES = ("config.json", "preprocessor_config.json", "model.safetensors")
 SPECIAL_CARE = 0.01  # how much stricter the concept checker is with a picture that matches a special care concept
 SETUP_SECONDS = 300.0  # the first picture may compile kernels and page weights in
-POLL_SECONDS = 0.05  # a wait is no longer than this, since Cog's cancelling is heard only between two of them
 TRUSTED_SECONDS = 10.0  # how long a checker that worked is believed to work still
 GREY = Image.new("RGB", (224, 224), (128, 128, 128))
 
@@ -68,19 +65,13 @@ class Checker:
 
 
 class Screener:
-    """A checker on a thread of its own, so that one that never finishes costs a request no more than a time limit.
-
-    There is one such thread for good. The two sides meet in `SimpleQueue`s alone, which hold no lock between two lines
-    of Python: a request that Cog cancels at any line leaves nothing behind but an answer that nobody reads.
-    """
+    """A checker on a thread of its own, so that one that never finishes costs a request no more than a time limit."""
 
     def __init__(self, checker: Checker, seconds: float) -> None:
         self.checker = checker
         self.seconds = seconds
-        self._jobs: SimpleQueue[tuple[Sequence[Image.Image], SimpleQueue[Any], float]] = SimpleQueue()
-        self._busy_since = math.inf  # both on the clock of time.monotonic
-        self._worked_at = -math.inf
-        threading.Thread(target=self._work, name="safety", daemon=True).start()
+        self._worker = Worker("safety")
+        self._worked_at = -math.inf  # on the clock of time.monotonic
 
     def allowed(self, pictures: Sequence[Image.Image]) -> list[Image.Image]:
         """The pictures that may be shown, in order; every score goes to the log.
@@ -104,55 +95,34 @@ class Screener:
     def check_health(self) -> None:
         """Raise `SafetyError` if the checker has stopped working. It is asked only where that is in doubt."""
         self._check_stuck()
-        if self._busy_since == math.inf and time.monotonic() - self._worked_at > TRUSTED_SECONDS:
+        if self._worker.busy_seconds == 0 and time.monotonic() - self._worked_at > TRUSTED_SECONDS:
             self._score([GREY], self.seconds)
 
     def _check_stuck(self) -> None:
-        busy = time.monotonic() - self._busy_since
+        busy = self._worker.busy_seconds
         if busy > self.seconds:
             raise self._failure(f"the safety checker has been busy with an earlier request for {busy:.0f} s", "")
 
     def _score(self, pictures: Sequence[Image.Image], seconds: float) -> Scores:
-        """Scores of the right shape, all finite; `seconds` to begin and as many again to finish."""
+        """Scores of the right shape, all finite; `seconds` to begin, since the worker may still be at a request that
+        was given up, and as many again to finish."""
         self._check_stuck()
-        answer: SimpleQueue[Any] = SimpleQueue()
-        self._jobs.put((pictures, answer, time.monotonic() + seconds))
-        self._wait(answer, seconds)  # for the start, since a request that was given up may still be screened
-        scores = self._wait(answer, seconds)
-        if isinstance(scores, Exception):
-            raise self._failure(f"the safety checker raised {type(scores).__name__}", f"({scores})")
+        try:
+            scores = self._worker.call(lambda: self.checker.score(pictures), seconds)
+        except TimeLimitError:
+            reason = f"the safety checker took longer than {seconds:g} s"
+            raise self._failure(reason, "(SAFETY_TIMEOUT sets the limit)") from None
+        except Exception as error:  # noqa: BLE001 - a checker may raise anything
+            raise self._failure(f"the safety checker raised {type(error).__name__}", f"({error})") from None
         if np.shape(scores) != (len(pictures), len(self.checker.limits)) or not np.isfinite(scores).all():
             raise self._failure("the safety checker gave no usable score", f"(scores: {scores})")
         self._worked_at = time.monotonic()
         return np.asarray(scores, np.float32)
 
-    def _wait(self, answer: "SimpleQueue[Any]", seconds: float) -> Any:
-        deadline = time.monotonic() + seconds
-        while (left := deadline - time.monotonic()) > 0:
-            with suppress(Empty):
-                return answer.get(timeout=min(POLL_SECONDS, left))
-        raise self._failure(f"the safety checker took longer than {seconds:g} s", "(SAFETY_TIMEOUT sets the limit)")
-
     def _failure(self, reason: str, detail: str) -> SafetyError:
         self._worked_at = -math.inf
         log.error("safety: %s %s", reason, detail.partition("\n")[0])
         return SafetyError(f"Screening failed, which says nothing about the pictures, and none is shown: {reason}.")
-
-    def _work(self) -> None:
-        while True:
-            self._do(*self._jobs.get())
-
-    def _do(self, pictures: Sequence[Image.Image], answer: "SimpleQueue[Any]", start_by: float) -> None:
-        if time.monotonic() > start_by:
-            return
-        self._busy_since = time.monotonic()
-        answer.put("started")
-        try:
-            scores: Any = self.checker.score(pictures)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the request that waits has to hear of it
-            scores = error
-        self._busy_since = math.inf
-        answer.put(scores)
 
 
 def load_screener(settings: Settings, device: torch.device) -> Screener:

@@ -17,8 +17,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
-from queue import Empty, SimpleQueue
-from threading import Thread
 from typing import Literal, TypeVar
 
 from fetch.cache import LoraCache, Record
@@ -39,10 +37,10 @@ from fetch.references import (
 from fetch.remote import Arrived, Remote, check_space, too_large
 from lora.errors import LoraError
 from settings import MB, Settings
+from threads import TimeLimitError, call_on_new_thread
 
 log = logging.getLogger("flux-lora")
 
-POLL_SECONDS = 0.05  # Cog's cancelling is heard between two waits
 T = TypeVar("T")
 
 
@@ -100,46 +98,15 @@ def in_use(lora: FetchedLora) -> Iterator[Path]:
         yield path
 
 
-# Threads are started by a thread that nobody cancels. CPython 3.11 knows a new thread by its starter's number until it
-# runs: Cog's cancelling, aimed at the request's thread, could end one that it is just starting, and wait for that for
-# ever.
-_WORK: SimpleQueue[Callable[[], None]] = SimpleQueue()
-
-
-def _start_threads() -> None:
-    while True:
-        Thread(target=_WORK.get(), name="lora", daemon=True).start()
-
-
-Thread(target=_start_threads, name="lora starter", daemon=True).start()
-
-
 def _interruptible(work: Callable[[Stop], T], label: str, pace: Pace) -> T:
     """What `work` returns on a thread of its own, which is told to stop when this one is interrupted or time is up."""
     stop = Stop()
-    done: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()
-
-    def run() -> None:
-        try:
-            done.put((work(stop), None))
-        except BaseException as error:  # noqa: BLE001 - raised again below
-            done.put((None, error))
-
-    deadline = time.monotonic() + pace.total
     try:
-        _WORK.put(run)
-        while True:
-            try:
-                result, error = done.get(timeout=POLL_SECONDS)
-                break
-            except Empty:
-                if time.monotonic() > deadline:
-                    raise HubDownError(f"{label} did not arrive within {pace.total:g} seconds.") from None
+        return call_on_new_thread(lambda: work(stop), pace.total, "lora")
+    except TimeLimitError:
+        raise HubDownError(f"{label} did not arrive within {pace.total:g} seconds.") from None
     finally:
         stop.set()
-    if error is not None:
-        raise error
-    return result  # type: ignore[return-value] # there is one where there is no error
 
 
 def _fetch(fetch: _Fetch) -> FetchedLora:

@@ -638,7 +638,7 @@ def test_the_least_recently_used_goes_and_never_one_in_use(web: Web, tmp_path: P
 
 def run_fetch(web: Web, cache: Path, reference: str, **environment: str) -> "subprocess.Popen[str]":
     code = (
-        "import sys; from lora_sources import fetch_lora; from lora_network import Pace;"
+        "import sys; from fetch.sources import fetch_lora; from fetch.network import Pace;"
         "from settings import read_settings; from resource import *;"
         "limit = int(sys.argv[2]); limit and setrlimit(RLIMIT_FSIZE, (limit, limit));"
         "print(fetch_lora(sys.argv[1], read_settings(), Pace(segment=8192)).cache)"
