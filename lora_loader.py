@@ -3,12 +3,11 @@
 import logging
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, TypeAlias, get_args
 
-from fetch.sources import FetchedLora, fetch_lora, fetch_weights, in_use
+from fetch.sources import FetchedLora, fetch_lora, fetch_weights
 from flux.models import Flux, Models, residency_of
 from lora.formats import Adapter, read_lora
 from lora.merge import Merge
@@ -66,13 +65,11 @@ class LoraLoader:
         # atomic: Cog's cancelling, which can raise between any two lines, leaves it intact.
         self._memory: dict[tuple[str, str], Lora] = {}
         self._own: FetchedLora | None = None
-        self._holds = ExitStack()
 
     def load_own(self, weights: str) -> None:
         """Fetch a fine-tune's own LoRA, which stands in wherever a request names no main one, and merge it into the
         first model. Raises `LoraError`."""
         self._own = fetch_weights(weights, self.settings)
-        self._holds.enter_context(in_use(self._own))
         model, precisions = next(iter(self.models.items()))
         self.apply(precisions.exact, [self._active(model, self._own, 1.0)])
 
@@ -99,12 +96,23 @@ class LoraLoader:
             lora = self._memory.pop(key)
             self._memory[key] = lora
             return ActiveLora(lora, strength, "memory")
-        with in_use(fetched) as path:
-            lora = Lora(fetched.name, fetched.sha256, read_lora(path, self._shapes(model), fetched.name))
-        self._memory[key] = lora
-        while sum(kept.nbytes for kept in self._memory.values()) > self.settings.lora_ram_bytes:
-            del self._memory[next(iter(self._memory))]
-        return ActiveLora(lora, strength, fetched.cache)
+
+        def read(fetched: FetchedLora) -> ActiveLora:
+            adapter = read_lora(fetched.path, self._shapes(model), fetched.name)
+            return ActiveLora(Lora(fetched.name, fetched.sha256, adapter), strength, fetched.origin)
+
+        active = fetched.read(read)
+        self._memory[active.lora.sha256, model] = active.lora
+        self._forget_least_recently_used()
+        return active
+
+    def _forget_least_recently_used(self) -> None:
+        """Keep within LORA_RAM_GB. The fine-tune's own LoRA stays: its address may not be good for ever."""
+        own = self._own.sha256 if self._own else None
+        for key in [key for key in self._memory if key[0] != own]:
+            if sum(kept.nbytes for kept in self._memory.values()) <= self.settings.lora_ram_bytes:
+                return
+            del self._memory[key]
 
     def _shapes(self, model: str) -> Shapes:
         return {component: self.models[model].exact.pristine(component).shapes for component in COMPONENTS}

@@ -90,7 +90,7 @@ def from_the_cache(folder: Path) -> list[float]:
         started = time.perf_counter()
         fetched = fetch_lora(reference, settings)
         times.append(1000 * (time.perf_counter() - started))
-        assert fetched.cache == "disk"
+        assert fetched.origin == "disk"
     return times
 
 

@@ -2,20 +2,20 @@
 
 `files/<sha256>.safetensors` are the LoRAs, named by their content and made visible by one rename each.
 `refs/<key>.json` say which of them a reference led to; a key is a hash, so that no secret is in a name. `parts/` holds
-what is arriving, under its key's lock in `locks/`; `holds/` holds a locked file for every LoRA that is being read.
-Whatever a killed process leaves behind is either whole or is not looked at, and the next `add` clears it away.
+what is arriving, under its key's lock in `locks/`. A LoRA may be evicted at any time; who has opened it can still read
+it. Whatever a killed process leaves behind is either complete or not looked at, and the next `add` removes it.
 """
 
 import hashlib
 import json
 import logging
 import os
+import shutil
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from itertools import count
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -26,9 +26,8 @@ from lora.errors import LoraError
 
 log = logging.getLogger("flux-lora")
 
-FOLDERS = ("files", "refs", "parts", "locks", "holds")
+FOLDERS = ("files", "refs", "parts", "locks")
 POLL_SECONDS = 0.02
-_numbers = count()
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ class LoraCache:
         return record
 
     def add(self, part: Path, arrived: Arrived, *keys: str) -> Record:
-        """Make a finished part visible under `keys`, then put out what has been unused for longest."""
+        """Make a finished part visible under `keys`, then evict the least recently used where there is too much."""
         with _locked(self._lock_file("cache")):
             path = self.path(arrived.sha256)
             part.replace(path)
@@ -105,21 +104,6 @@ class LoraCache:
         with _locked(self._lock_file(key[:3]), stop):  # shared by many keys, so that there are not ever more files
             yield
 
-    @contextmanager
-    def hold(self, sha256: str) -> Iterator[Path]:
-        """The file's path, and nobody removes it meanwhile. Raises `LoraError` when it is gone already."""
-        mark = self.folder / "holds" / f"{sha256}-{os.getpid()}-{next(_numbers)}.lock"
-        held = FileLock(mark)
-        try:
-            with _locked(self._lock_file("cache")):
-                held.acquire()
-            if not self.path(sha256).exists():
-                raise LoraError("The LoRA was put out of the cache before it was read: LORA_CACHE_GB is too small.")
-            yield self.path(sha256)
-        finally:
-            held.release()
-            mark.unlink(missing_ok=True)
-
     def _lock_file(self, name: str) -> Path:
         return self.folder / "locks" / f"{name}.lock"
 
@@ -136,7 +120,8 @@ class LoraCache:
         try:
             if _sha256(path) == record.sha256:
                 fresh = _record(path, Arrived(record.sha256, record.etag, record.last_modified))
-                self.link(key, fresh)
+                with suppress(OSError):  # in a folder that is read-only it is hashed each time
+                    self.link(key, fresh)
                 return fresh
             log.warning("%s in the LoRA cache is damaged and is fetched again", path.name)
         except OSError:
@@ -148,23 +133,15 @@ class LoraCache:
         files = {path: path.stat() for path in (self.folder / "files").iterdir()}
         excess = sum(status.st_size for status in files.values()) - self._most_bytes
         for path in sorted(files, key=lambda path: files[path].st_atime_ns):
-            if excess > 0 and path != keep and not self._held(path.stem):
-                log.info("LoRA cache: %s is put out, unused for longest", path.name)
+            if excess > 0 and path != keep:
+                log.info("LoRA cache: %s is evicted, the least recently used", path.name)
                 path.unlink(missing_ok=True)
                 excess -= files[path].st_size
         self._sweep()
 
-    def _held(self, sha256: str) -> bool:
-        held = False
-        for mark in (self.folder / "holds").glob(f"{sha256}-*.lock"):
-            with _try_lock(mark) as free:
-                held |= not free
-                if free:
-                    mark.unlink(missing_ok=True)
-        return held
-
     def _sweep(self) -> None:
-        """Clear away what killed processes left, and the references to files that are gone."""
+        """Remove what killed processes and older versions left, and the references to files that are gone."""
+        shutil.rmtree(self.folder / "holds", ignore_errors=True)  # of versions that marked the files that they read
         for part in (self.folder / "parts").iterdir():
             with _try_lock(self._lock_file(part.name[:3])) as free:
                 if free:

@@ -1,6 +1,6 @@
 """A reference to a LoRA becomes a verified file on this disk: asked for, fetched, checked and kept.
 
-    with in_use(fetch_lora("fofr/flux-pixar-cars", settings)) as path: ...
+    fetch_lora("fofr/flux-pixar-cars", settings).read(lambda fetched: fetched.path.read_bytes())
 
 The work is done by threads that hold the locks and the half-finished files; the caller's thread only waits for them, in
 short steps, so that Cog's cancelling, which can raise at any line of it, leaves nothing behind.
@@ -13,9 +13,8 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import astuple, dataclass, replace
+from collections.abc import Callable
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -46,12 +45,27 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class FetchedLora:
-    """A LoRA on disk. Its path stays good while it is `in_use`."""
+    """A LoRA in the cache, from which it may be evicted at any time; who has opened it can still read it."""
 
     path: Path
-    cache: Literal["disk", "download"]  # where it came from this time
+    origin: Literal["disk", "download"]  # where it came from this time
     name: str  # for people
     sha256: str
+    fetch_again: Callable[[], "FetchedLora"] = field(repr=False, compare=False)
+
+    def read(self, read: Callable[["FetchedLora"], T]) -> T:
+        """What `read` makes of it. If it was evicted before `read` opened its path (`FileNotFoundError`), it is fetched
+        once more. Raises `LoraError` when it is evicted again."""
+        try:
+            return read(self)
+        except FileNotFoundError:
+            fetched = self.fetch_again()
+        try:
+            return read(fetched)
+        except FileNotFoundError:
+            raise LoraError(
+                f"{self.name} was evicted from the cache before it was read: LORA_CACHE_GB is too small."
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -63,6 +77,15 @@ class _Fetch:
     pace: Pace
     cache: LoraCache
     stop: Stop
+
+    def fetched(self, record: Record, origin: Literal["disk", "download"]) -> FetchedLora:
+        return FetchedLora(
+            self.cache.path(record.sha256),
+            origin,
+            self.source.label,
+            record.sha256,
+            lambda: _through_cache(self.source, self.settings, self.pace),
+        )
 
 
 def fetch_lora(reference: str, settings: Settings, pace: Pace = Pace()) -> FetchedLora:  # noqa: B008 - it is frozen
@@ -83,30 +106,16 @@ def fetch_weights(weights: str, settings: Settings, pace: Pace = Pace()) -> Fetc
 
 
 def _through_cache(source: Source, settings: Settings, pace: Pace) -> FetchedLora:
-    cache = LoraCache(settings.lora_cache_dir, settings.lora_cache_bytes)
-    if source.immutable and (record := cache.find(_key(source))):
-        return _fetched(cache, record, source, "disk")
-    cache.prepare()
-    return _interruptible(lambda stop: _fetch(_Fetch(source, settings, pace, cache, stop)), source.label, pace)
-
-
-@contextmanager
-def in_use(lora: FetchedLora) -> Iterator[Path]:
-    """The LoRA's path, which no process puts out of the cache meanwhile. Raises `LoraError` when it is gone already."""
-    cache = LoraCache(lora.path.parent.parent, 0)
-    with cache.hold(lora.sha256) as path:
-        yield path
-
-
-def _interruptible(work: Callable[[Stop], T], label: str, pace: Pace) -> T:
-    """What `work` returns on a thread of its own, which is told to stop when this one is interrupted or time is up."""
-    stop = Stop()
+    fetch = _Fetch(source, settings, pace, LoraCache(settings.lora_cache_dir, settings.lora_cache_bytes), Stop())
+    if source.immutable and (record := fetch.cache.find(_key(source))):
+        return fetch.fetched(record, "disk")
+    fetch.cache.prepare()
     try:
-        return call_on_new_thread(lambda: work(stop), pace.total, "lora")
+        return call_on_new_thread(lambda: _fetch(fetch), pace.total, "lora")
     except TimeLimitError:
-        raise HubDownError(f"{label} did not arrive within {pace.total:g} seconds.") from None
+        raise HubDownError(f"{source.label} did not arrive within {pace.total:g} seconds.") from None
     finally:
-        stop.set()
+        fetch.stop.set()
 
 
 def _fetch(fetch: _Fetch) -> FetchedLora:
@@ -115,14 +124,14 @@ def _fetch(fetch: _Fetch) -> FetchedLora:
         with cache.lock(key, fetch.stop):
             known = cache.find(key)
             if known and source.immutable:  # another process has fetched it meanwhile
-                return _fetched(cache, known, source, "disk")
+                return fetch.fetched(known, "disk")
             try:
                 return _ask(fetch, known)
             except HubDownError as error:
                 if known is None:
                     raise
                 log.warning("%s The copy in the LoRA cache is used.", error)
-                return _fetched(cache, known, source, "disk")
+                return fetch.fetched(known, "disk")
             finally:
                 for kind in ("download", "config", "member", "whole"):
                     cache.part(key, kind).unlink(missing_ok=True)
@@ -153,7 +162,7 @@ def _ask(fetch: _Fetch, known: Record | None) -> FetchedLora:
         keys = [key, _key(remote.identity)] if remote.identity else [key]
         if len(keys) == 2 and (same := cache.find(keys[1])):
             cache.link(key, same)
-            return _fetched(cache, same, source, "disk")
+            return fetch.fetched(same, "disk")
         log.info("%s: fetching", source.label)
         arrived = download(session, remote, part, settings.lora_max_bytes, stop, pace)
         config = None
@@ -163,7 +172,7 @@ def _ask(fetch: _Fetch, known: Record | None) -> FetchedLora:
             download(session, about, file, LARGEST_CONFIG, stop, pace)
             config = file.read_bytes()
     if arrived is None and known is not None:
-        return _fetched(cache, known, source, "disk")
+        return fetch.fetched(known, "disk")
     if arrived is None:
         raise LoraError(f"{source.label}: the server says that nothing has changed, but there is nothing yet.")
     fetched = _keep(fetch, arrived, *keys, config=config)
@@ -187,7 +196,7 @@ def _keep(fetch: _Fetch, arrived: Arrived, *keys: str, config: bytes | None = No
         sha256 = add_metadata(part, whole, {CONFIG_FILE: config.decode(errors="replace")}, label, fetch.stop)
         part, arrived = whole, replace(arrived, sha256=sha256)
     fetch.stop.check()
-    return _fetched(cache, cache.add(part, arrived, *keys), fetch.source, "download")
+    return fetch.fetched(cache.add(part, arrived, *keys), "download")
 
 
 def _decode(source: DataUri, part: Path, most_bytes: int) -> Arrived:
@@ -239,7 +248,3 @@ def _key(source: Source) -> str:
     if isinstance(source, CivitaiModel) and source.version is not None:
         source = replace(source, model=None)
     return hashlib.sha256(repr((type(source).__name__, astuple(source))).encode()).hexdigest()
-
-
-def _fetched(cache: LoraCache, record: Record, source: Source, origin: Literal["disk", "download"]) -> FetchedLora:
-    return FetchedLora(cache.path(record.sha256), origin, source.label, record.sha256)

@@ -64,7 +64,8 @@ class _Group:
 def read_lora(path: Path, shapes: Shapes, name: str) -> Adapter:
     """The updates in a safetensors file, for a model whose parameters have these `shapes`.
 
-    `name` is for people. Raises `LoraError`, one sentence that begins with it.
+    `name` is for people. Raises `LoraError`, one sentence that begins with it, and `FileNotFoundError` when there is no
+    file.
     """
     header = read_header(path, name)
     groups = _understand(header, shapes, name)

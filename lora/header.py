@@ -40,7 +40,7 @@ class Header:
 
 
 def read_header(path: Path, name: str) -> Header:
-    """Raises `LoraError` unless `path` is a whole safetensors file.
+    """Raises `LoraError` unless `path` is a whole safetensors file, `FileNotFoundError` when there is no file.
 
     safetensors itself checks that: a bounded header, known dtypes, shapes and offsets that agree with each other and
     cover the file without gap or overlap.
@@ -53,6 +53,8 @@ def read_header(path: Path, name: str) -> Header:
             values = json.loads(file.read(length))
         metadata = values.pop("__metadata__", None) or {}
         entries = {key: Entry(one["dtype"], tuple(one["shape"]), *one["data_offsets"]) for key, one in values.items()}
+    except FileNotFoundError:
+        raise
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise LoraError(f"{name} is not a whole safetensors file ({_first_words(error)}).") from None
     if not entries:

@@ -31,7 +31,10 @@ NOT_FINITE = {  # the bits of the smallest positive value that is no number; all
 
 
 def read_tensors(path: Path, header: Header, name: str) -> dict[str, Tensor]:
-    """All tensors of a file whose dtypes are among `DTYPES`. They share one block of memory and none with the file."""
+    """All tensors of a file whose dtypes are among `DTYPES`. They share one block of memory and none with the file.
+
+    Raises `LoraError`, and `FileNotFoundError` when there is no file.
+    """
     try:
         with path.open("rb") as file:
             data = torch.empty(max(0, path.stat().st_size - header.size), dtype=torch.uint8)
@@ -39,6 +42,8 @@ def read_tensors(path: Path, header: Header, name: str) -> dict[str, Tensor]:
             if file.readinto(data.numpy().data) != len(data):
                 raise OSError("it changed while it was read")
         return {key: _view(data[one.start : one.stop], one) for key, one in header.entries.items()}
+    except FileNotFoundError:
+        raise
     except (OSError, RuntimeError) as error:
         raise LoraError(f"{name} cannot be read ({error}).") from None
 

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -28,7 +29,7 @@ from safetensors import safe_open
 from fetch.files import choose_file
 from fetch.network import Pace, is_public
 from fetch.references import CivitaiModel, DataUri, HuggingFaceRepo, ReplicateModel, Source, WebFile, parse_reference
-from fetch.sources import FetchedLora, fetch_lora, fetch_weights, in_use
+from fetch.sources import FetchedLora, fetch_lora, fetch_weights
 from lora.errors import LoraError
 from settings import Settings, read_settings
 from tests.web import COMMIT, Fault, Web, lora_file, serve, tar_file, trained
@@ -71,7 +72,7 @@ def check_cache(cache: Path, secret: str = "secret") -> None:
     for file in cache.glob("files/*"):
         assert hashlib.sha256(file.read_bytes()).hexdigest() == file.stem
     assert not list(cache.glob("parts/*"))
-    for file in [*cache.glob("locks/*"), *cache.glob("holds/*")]:
+    for file in cache.glob("locks/*"):
         lock = FileLock(file)
         lock.acquire(timeout=1)
         lock.release()
@@ -201,10 +202,10 @@ def test_a_reference_is_fetched_once(web: Web, fetch: Callable[..., FetchedLora]
     reference = hubs(web)[name]
     first = fetch(reference)
     assert first.path.read_bytes() == LORA
-    assert first.cache == "download"
+    assert first.origin == "download"
     fetched = web.downloads()
     second = fetch(reference)
-    assert (second.path, second.cache) == (first.path, "disk")
+    assert (second.path, second.origin) == (first.path, "disk")
     assert web.downloads() == fetched or name.startswith("url")  # an address is asked whether it has changed
 
 
@@ -241,9 +242,9 @@ def test_the_newest_version_is_asked_for(web: Web, fetch: Callable[..., FetchedL
 def test_an_unchanged_file_is_not_sent_again(web: Web, fetch: Callable[..., FetchedLora]) -> None:
     web.files["/x.safetensors"] = LORA
     for expected in ("download", "disk", "disk"):
-        assert fetch(f"{web.url}/x.safetensors").cache == expected
+        assert fetch(f"{web.url}/x.safetensors").origin == expected
     web.validators = False
-    assert fetch(f"{web.url}/x.safetensors").cache == "download"
+    assert fetch(f"{web.url}/x.safetensors").origin == "download"
 
 
 def test_tokens_open_what_is_private_and_stay_with_their_hub(
@@ -278,7 +279,7 @@ def test_a_token_in_a_pasted_address_opens_for_that_address_alone(
     hubs(web)
     web.tokens = {"/api/": "my-secret"}
     with caplog.at_level(logging.INFO):
-        assert fetch("https://civitai.com/api/download/models/71?token=my-secret").cache == "download"
+        assert fetch("https://civitai.com/api/download/models/71?token=my-secret").origin == "download"
     with pytest.raises(LoraError, match="CIVITAI_API_TOKEN"):
         fetch("https://civitai.com/api/download/models/71")
     assert "secret" not in caplog.text
@@ -608,32 +609,70 @@ def test_what_was_damaged_is_fetched_again(web: Web, fetch: Callable[..., Fetche
         damage()
         assert fetch_lora(reference, settings(web, path.parents[1]), FAST).path.read_bytes() == LORA
     os.utime(path)  # touched and still whole
-    assert fetch(reference).cache == "disk"
+    assert fetch(reference).origin == "disk"
 
 
-def test_the_least_recently_used_goes_and_never_one_in_use(web: Web, tmp_path: Path) -> None:
+def test_the_least_recently_used_is_evicted(web: Web, tmp_path: Path) -> None:
     for i in range(5):
         web.files[f"/{i}.safetensors"] = lora_file(i)
+    (tmp_path / "holds").mkdir()
+    (tmp_path / "holds" / "x.lock").touch()  # of an older version
 
-    def get(i: int) -> FetchedLora:
-        time.sleep(0.01)
-        return fetch_lora(
-            f"{web.url}/{i}.safetensors", settings(web, tmp_path, LORA_CACHE_GB=str(2.5 * len(LORA) / 1e9)), FAST
-        )
+    def get(i: int, room: float = 2.5) -> FetchedLora:
+        size = str(room * len(LORA) / 1e9)
+        return fetch_lora(f"{web.url}/{i}.safetensors", settings(web, tmp_path, LORA_CACHE_GB=size), FAST)
 
     first, second = get(0), get(1)
-    with in_use(first) as path:
-        get(2)
-        assert path.exists()
-        assert not second.path.exists()
-    get(3)
-    assert not first.path.exists()
-    with pytest.raises(LoraError, match="LORA_CACHE_GB is too small"), in_use(first):
-        pass
-    assert get(2).cache == "disk"
-    get(4)
-    assert get(2).cache == "disk"
+    assert get(0).origin == "disk"
+    get(2)
+    assert first.path.exists()
+    assert not second.path.exists()
+    assert not (tmp_path / "holds").exists()
+    assert second.read(content) == lora_file(1)  # it is fetched once more
+    assert get(2).origin == "disk"
+    get(4, room=0.5)  # the newest stays, however large it is
+    assert [path.name for path in tmp_path.glob("files/*")] == [get(4).path.name]
     check_cache(tmp_path)
+
+
+def content(fetched: FetchedLora) -> bytes:
+    return fetched.path.read_bytes()
+
+
+def test_what_is_always_evicted_before_it_is_read_is_one_sentence(fetch: Callable[..., FetchedLora], web: Web) -> None:
+    fetched = fetch(hubs(web)["replicate"])
+
+    def read_too_late(fetched: FetchedLora) -> bytes:
+        fetched.path.unlink()
+        return content(fetched)
+
+    with pytest.raises(LoraError, match=r"^fofr/cars was evicted .*: LORA_CACHE_GB is too small\.$"):
+        fetched.read(read_too_late)
+
+
+def test_a_cached_version_needs_a_folder_that_can_be_read_and_no_more(
+    web: Web, fetch: Callable[..., FetchedLora], tmp_path: Path
+) -> None:
+    reference = hubs(web)["civitai version"]
+    path = fetch(reference).path
+    for name in ("parts", "locks"):
+        shutil.rmtree(tmp_path / name)
+    folders = [tmp_path / "files", tmp_path / "refs", tmp_path]
+
+    def check() -> None:
+        for folder in folders:
+            folder.chmod(0o555)
+        try:
+            fetched = fetch(reference)
+            assert (fetched.origin, fetched.read(content)) == ("disk", LORA)
+        finally:
+            for folder in folders:
+                folder.chmod(0o755)
+
+    check()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["files", "refs"]  # to root nothing is read-only
+    os.utime(path, ns=(0, 0))  # an image layer keeps no nanoseconds
+    check()
 
 
 def run_fetch(web: Web, cache: Path, reference: str, **environment: str) -> "subprocess.Popen[str]":
@@ -641,7 +680,7 @@ def run_fetch(web: Web, cache: Path, reference: str, **environment: str) -> "sub
         "import sys; from fetch.sources import fetch_lora; from fetch.network import Pace;"
         "from settings import read_settings; from resource import *;"
         "limit = int(sys.argv[2]); limit and setrlimit(RLIMIT_FSIZE, (limit, limit));"
-        "print(fetch_lora(sys.argv[1], read_settings(), Pace(segment=8192)).cache)"
+        "print(fetch_lora(sys.argv[1], read_settings(), Pace(segment=8192)).origin)"
     )
     limit = environment.pop("LIMIT", "0")
     return subprocess.Popen(
@@ -742,8 +781,7 @@ def test_an_operators_weights_may_be_here_or_at_any_address(web: Web, tmp_path: 
     (tmp_path / "weights").write_bytes(content)
     public_only = settings(web, tmp_path / "cache", LORA_ALLOW_PRIVATE_HOSTS="0")
     for weights in (f"{web.url}/model/weights", str(tmp_path / "weights")):
-        with in_use(fetch_weights(weights, public_only, FAST)) as path:
-            assert path.read_bytes() == LORA
+        assert fetch_weights(weights, public_only, FAST).path.read_bytes() == LORA
     (tmp_path / "weights").write_bytes(content[: len(content) // 2])
     for weights, sentence in {
         f"{web.url}/nothing": "does not exist",
