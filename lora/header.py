@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from lora.errors import LoraError
 
+CONFIG_FILE = "adapter_config.json"  # what PEFT writes beside an adapter's weights
 MOST_TENSORS = 50_000  # FLUX.1 has 1,500 parameters
 
 MOST_TEXT = 120  # characters of a key in one error

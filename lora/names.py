@@ -99,6 +99,7 @@ _SUFFIXES = {
     "embedding_up": r"\.lora_embedding_B(\.[^.]+)?",
 }
 _PARTS = [(part, re.compile(f"(?:{suffix})$")) for part, suffix in _SUFFIXES.items()]
+_HINTS = re.compile(r"lora|lokr_|hada_|oft_|dora_scale", re.IGNORECASE)  # of adapters that are not supported, too
 _XLABS_KEY = re.compile(r"(.*\.processor\.(?:qkv|proj)_lora[12]?)\.(down|up)\.weight")
 
 
@@ -148,6 +149,11 @@ def split_key(key: str) -> tuple[str, str | None]:
         if match := pattern.search(key):
             return key[: match.start()], part
     return key, None
+
+
+def is_adapter_key(key: str) -> bool:
+    """Whether the key is one of an adapter's, be it of a kind that is not supported."""
+    return split_key(key)[1] is not None or _HINTS.search(key) is not None
 
 
 def _without_prefix(stem: str) -> Iterator[tuple[str, str, str]]:

@@ -17,8 +17,8 @@ from typing import Any
 
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig
 
-from fetch.files import CONFIG_FILE
 from lora.errors import LoraError
+from lora.header import CONFIG_FILE
 from lora.names import TRANSFORMER, Key
 
 log = logging.getLogger("flux-lora")
