@@ -6,15 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from hugging_face_errors import refusal
 from settings import Settings, SettingsError
 
 log = logging.getLogger("flux-lora")
@@ -74,23 +68,15 @@ def resolve_folder(reference: str, variable: str, token: str | None, wanted: Seq
     about = f"The environment variable {variable} names the Hugging Face repo {reference}"
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=list(wanted), token=token))
-    except GatedRepoError:
-        raise SettingsError(
-            f"{about}, which is gated: accept its licence on its page and set HF_TOKEN to a token of that account."
-        ) from None
-    except RepositoryNotFoundError:
-        raise SettingsError(
-            f"{about}, but there is no such repo, or it is private and HF_TOKEN does not open it."
-        ) from None
-    except RevisionNotFoundError:
-        raise SettingsError(f"{about}, but that repo has no such revision.") from None
-    except HFValidationError:
-        raise SettingsError(f"{about}, which is not a valid repo id.") from None
     except LocalEntryNotFoundError:
         raise SettingsError(
             f"{about}, but Hugging Face cannot be reached and its files are not all in the cache."
         ) from None
+    except HFValidationError as error:
+        raise SettingsError(f"{about}, which {refusal(error, token)}.") from None
     except HfHubHTTPError as error:
+        if why := refusal(error, token):
+            raise SettingsError(f"{about}, which {why}.") from None
         raise SettingsError(f"{about}, but Hugging Face answered {error.response.status_code}.") from None
     except OSError as error:
         raise SettingsError(f"{about}, but fetching it failed: {error.strerror or type(error).__name__}.") from None
