@@ -16,7 +16,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from bench._common import spread, table
-from fetch.network import Pace
+from fetch.limits import FetchLimits
 from fetch.sources import fetch_lora
 from settings import MB, Settings, read_settings
 
@@ -62,7 +62,7 @@ def against_curl(file: Path, folder: Path) -> dict[str, list[float]]:
             subprocess.run(["curl", "-s", "-o", folder / "curl", url], check=True)
             rates["curl"].append(rate(file, started))
             (folder / "curl").unlink()
-            rates["fetch"].append(fetch_rate(file, url, folder, Pace()))
+            rates["fetch"].append(fetch_rate(file, url, folder, FetchLimits()))
             rates["ratio"].append(rates["fetch"][-1] / rates["curl"][-1])
     return rates
 
@@ -74,8 +74,8 @@ def against_one_stream(file: Path, folder: Path) -> tuple[float, float]:
     save_file({"transformer.proj_out.lora_A.weight": np.zeros((rows, 4096), np.float32)}, part)
     with file_server(part, LIMIT) as url:
         return (
-            fetch_rate(part, url, folder, replace(Pace(), connections=1)),
-            fetch_rate(part, url, folder, Pace()),
+            fetch_rate(part, url, folder, replace(FetchLimits(), connections=1)),
+            fetch_rate(part, url, folder, FetchLimits()),
         )
 
 
@@ -106,10 +106,10 @@ def file_server(file: Path, limit: int | None = None) -> Iterator[str]:
             server.terminate()
 
 
-def fetch_rate(file: Path, url: str, folder: Path, pace: Pace) -> float:
+def fetch_rate(file: Path, url: str, folder: Path, limits: FetchLimits) -> float:
     cache = folder / "fetched"
     started = time.perf_counter()
-    fetch_lora(url, cache_settings(cache), pace)
+    fetch_lora(url, cache_settings(cache), limits)
     measured = rate(file, started)
     shutil.rmtree(cache)
     return measured

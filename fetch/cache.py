@@ -20,8 +20,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from fetch.network import Stop, StoppedError
-from fetch.remote import Arrived
+from fetch.errors import FetchCancelledError
+from fetch.network import Cancellation
+from fetch.remote import Downloaded
 from lora.errors import LoraError
 
 log = logging.getLogger("flux-lora")
@@ -31,8 +32,8 @@ POLL_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
-class Record:
-    """What a reference led to, and how that file on disk looked when it was last known to be whole."""
+class CacheEntry:
+    """The file that a reference led to, and its size and time when it was last known to be intact."""
 
     sha256: str
     size: int
@@ -42,13 +43,13 @@ class Record:
 
 
 class LoraCache:
-    """The folder. `key` is always the hash that names a reference."""
+    """The folder. A `key` is the hash that names a reference (`Source.key`)."""
 
     def __init__(self, folder: Path, most_bytes: int) -> None:
         self.folder, self._most_bytes = folder, most_bytes
 
     def prepare(self) -> None:
-        """Make what is missing. Raises `LoraError` when that is not possible."""
+        """Make the folders that are missing. Raises `LoraError` when that is not possible."""
         try:
             for name in FOLDERS:
                 (self.folder / name).mkdir(parents=True, exist_ok=True)
@@ -59,49 +60,49 @@ class LoraCache:
         return self.folder / "files" / f"{sha256}.safetensors"
 
     def part(self, key: str, kind: str) -> Path:
-        """Where what belongs to `key` may arrive, by whoever has its lock."""
+        """A temporary file for what belongs to `key`. Only who has its lock may use it."""
         return self.folder / "parts" / f"{key}.{kind}"
 
-    def find(self, key: str) -> Record | None:
-        """What `key` led to, if that is here and whole; it counts as used now.
+    def find(self, key: str) -> CacheEntry | None:
+        """What `key` led to, if that is here and intact. It counts as used now.
 
-        A file that is as long and as old as when it was whole is whole; any other is hashed again.
+        A file whose size and time are those of the entry is intact; any other is hashed again.
         """
         try:
-            record = Record(**json.loads(self._ref(key).read_bytes()))
-            status = self.path(record.sha256).stat()
+            entry = CacheEntry(**json.loads(self._ref(key).read_bytes()))
+            status = self.path(entry.sha256).stat()
         except (OSError, ValueError, TypeError):
             return None
-        if (status.st_size, status.st_mtime_ns) != (record.size, record.mtime_ns):
-            return self._look_again(key, record)
-        self._touch(record)
-        return record
+        if (status.st_size, status.st_mtime_ns) != (entry.size, entry.mtime_ns):
+            return self._rehash(key, entry)
+        self._touch(entry)
+        return entry
 
-    def add(self, part: Path, arrived: Arrived, *keys: str) -> Record:
+    def add(self, part: Path, downloaded: Downloaded, *keys: str) -> CacheEntry:
         """Make a finished part visible under `keys`, then evict the least recently used where there is too much."""
         with _locked(self._lock_file("cache")):
-            path = self.path(arrived.sha256)
+            path = self.path(downloaded.sha256)
             part.replace(path)
-            record = _record(path, arrived)
+            entry = _entry(path, downloaded)
             for key in keys:
-                self._link(key, record)
+                self._link(key, entry)
             self._evict(keep=path)
-        return record
+        return entry
 
-    def link(self, key: str, record: Record) -> None:
-        """`key` leads to that file from now on."""
+    def link(self, key: str, entry: CacheEntry) -> None:
+        """Let `key` lead to that file from now on."""
         with _locked(self._lock_file("cache")):
-            self._link(key, record)
+            self._link(key, entry)
 
-    def _link(self, key: str, record: Record) -> None:
+    def _link(self, key: str, entry: CacheEntry) -> None:
         temporary = self.part(key, f"{os.getpid()}-{threading.get_ident()}.json")
-        temporary.write_text(json.dumps(asdict(record)))
+        temporary.write_text(json.dumps(asdict(entry)))
         temporary.replace(self._ref(key))
 
     @contextmanager
-    def lock(self, key: str, stop: Stop) -> Iterator[None]:
-        """One process at a time fetches `key`. Raises `StoppedError` when told to while it waits."""
-        with _locked(self._lock_file(key[:3]), stop):  # shared by many keys, so that there are not ever more files
+    def lock(self, key: str, cancellation: Cancellation) -> Iterator[None]:
+        """Only one thread of all processes may fetch `key` at a time. Raises `FetchCancelledError`."""
+        with _locked(self._lock_file(key[:3]), cancellation):  # many keys share a file, so that their number is bounded
             yield
 
     def _lock_file(self, name: str) -> Path:
@@ -110,26 +111,26 @@ class LoraCache:
     def _ref(self, key: str) -> Path:
         return self.folder / "refs" / f"{key}.json"
 
-    def _touch(self, record: Record) -> None:
-        """The time of access says when it was used, whatever the file system does about it by itself."""
+    def _touch(self, entry: CacheEntry) -> None:
+        """Set the time of access, which says when it was used last: a file system may not do so by itself."""
         with suppress(OSError):
-            os.utime(self.path(record.sha256), ns=(time.time_ns(), record.mtime_ns))
+            os.utime(self.path(entry.sha256), ns=(time.time_ns(), entry.mtime_ns))
 
-    def _look_again(self, key: str, record: Record) -> Record | None:
-        path = self.path(record.sha256)
+    def _rehash(self, key: str, entry: CacheEntry) -> CacheEntry | None:
+        path = self.path(entry.sha256)
         try:
-            if _sha256(path) == record.sha256:
-                fresh = _record(path, Arrived(record.sha256, record.etag, record.last_modified))
+            if _sha256(path) == entry.sha256:
+                fresh = _entry(path, Downloaded(entry.sha256, entry.etag, entry.last_modified))
                 with suppress(OSError):  # in a folder that is read-only it is hashed each time
                     self.link(key, fresh)
                 return fresh
             log.warning("%s in the LoRA cache is damaged and is fetched again", path.name)
         except OSError:
             pass
-        return None  # the file itself stays until a good one takes its place: another may be there by now
+        return None  # the file stays until a good one replaces it, which may have happened already
 
     def _evict(self, keep: Path) -> None:
-        """Under the cache's lock."""
+        """Remove the least recently used files beyond the cache's size. Call it under the cache's lock."""
         files = {path: path.stat() for path in (self.folder / "files").iterdir()}
         excess = sum(status.st_size for status in files.values()) - self._most_bytes
         for path in sorted(files, key=lambda path: files[path].st_atime_ns):
@@ -156,12 +157,12 @@ class LoraCache:
 
 
 @contextmanager
-def _locked(file: Path, stop: Stop | None = None) -> Iterator[None]:
+def _locked(file: Path, cancellation: Cancellation | None = None) -> Iterator[None]:
     lock = FileLock(file)
     try:
-        lock.acquire(poll_interval=POLL_SECONDS, cancel_check=stop.is_set if stop else None)
+        lock.acquire(poll_interval=POLL_SECONDS, cancel_check=cancellation.is_cancelled if cancellation else None)
     except Timeout:
-        raise StoppedError from None
+        raise FetchCancelledError from None
     try:
         yield
     finally:
@@ -170,7 +171,7 @@ def _locked(file: Path, stop: Stop | None = None) -> Iterator[None]:
 
 @contextmanager
 def _try_lock(file: Path) -> Iterator[bool]:
-    """Whether nobody has the lock; it is ours in the body then."""
+    """Whether nobody had the lock; then the body has it."""
     lock = FileLock(file)
     try:
         lock.acquire(blocking=False)
@@ -183,9 +184,9 @@ def _try_lock(file: Path) -> Iterator[bool]:
         lock.release()
 
 
-def _record(path: Path, arrived: Arrived) -> Record:
+def _entry(path: Path, downloaded: Downloaded) -> CacheEntry:
     status = path.stat()
-    return Record(arrived.sha256, status.st_size, status.st_mtime_ns, arrived.etag, arrived.last_modified)
+    return CacheEntry(downloaded.sha256, status.st_size, status.st_mtime_ns, downloaded.etag, downloaded.last_modified)
 
 
 def _sha256(path: Path) -> str:

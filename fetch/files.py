@@ -1,25 +1,23 @@
-"""What arrived, judged before anyone sees it: a tar gives up its one LoRA file, and that is safetensors or nothing."""
+"""What was downloaded, before anyone sees it: a tar gives its one LoRA file, and a LoRA file has to be safetensors."""
 
 import hashlib
 import json
-import re
 import tarfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from fetch.network import Stop
-from fetch.remote import check_space, too_large
+from fetch.limits import check_space, too_large
+from fetch.network import Cancellation
 from lora.errors import LoraError
 from lora.families import foreign_family
-from lora.header import read_header
+from lora.header import CONFIG_FILE, read_header
+from lora.names import is_adapter_key
 
 KNOWN_NAMES = ("lora.safetensors", "pytorch_lora_weights.safetensors", "adapter_model.safetensors")
-ADAPTER_KEY = re.compile(r"lora|lokr_|hada_|oft_|dora_scale|\.diff(_b)?$", re.IGNORECASE)
 SUFFIX = ".safetensors"
-CONFIG_FILE = "adapter_config.json"  # what PEFT writes beside an adapter's weights
-LARGEST_CONFIG = 1 << 20
+LARGEST_CONFIG = 1 << 20  # bytes
 MOST_MEMBERS = 10_000
 LARGEST_READ = 1 << 20  # tarfile reads a long name or a PAX header in one piece, of whatever size it claims
 BLOCK = 1 << 20
@@ -50,15 +48,17 @@ def is_tar(path: Path) -> bool:
         return file.read(5) == b"ustar"
 
 
-def extract_lora(archive: Path, into: Path, label: str, most_bytes: int, stop: Stop) -> tuple[str, bytes | None]:
-    """Copy the LoRA file of a tar to `into`, and nothing else; its SHA-256, and PEFT's configuration beside it.
+def extract_lora(
+    archive: Path, into: Path, label: str, most_bytes: int, cancellation: Cancellation
+) -> tuple[str, bytes | None]:
+    """Copy the LoRA file of a tar to `into`, and nothing else. Returns its SHA-256 and PEFT's configuration beside it.
 
     A member's name is compared and never used as a path; links, devices and sparse files do not count. Raises
     `LoraError`.
     """
     try:
         with archive.open("rb") as file:
-            members = _regular_members(file, label, stop)
+            members = _regular_members(file, label, cancellation)
             files = [name for name in members if name.lower().endswith(SUFFIX)]
             name = choose_file(files)
             if name is None:
@@ -74,7 +74,7 @@ def extract_lora(archive: Path, into: Path, label: str, most_bytes: int, stop: S
                 file.seek(members[beside][0])
                 config = file.read(min(members[beside][1], LARGEST_CONFIG))
             file.seek(start)
-            return _write(_member(file, size), into, stop, label), config
+            return _write(_member(file, size), into, label, cancellation), config
     except LoraError:
         raise
     except (tarfile.TarError, ValueError, EOFError, OverflowError) as error:
@@ -82,27 +82,26 @@ def extract_lora(archive: Path, into: Path, label: str, most_bytes: int, stop: S
 
 
 def check_lora_file(path: Path, label: str) -> None:
-    """Raises `LoraError` unless `path` is a whole safetensors file that looks like a LoRA."""
+    """Raises `LoraError` unless `path` is a complete safetensors file that looks like a LoRA."""
     header = read_header(path, label)
-    if not any(ADAPTER_KEY.search(key) for key in header.entries):
+    if not any(map(is_adapter_key, header.entries)):
         raise LoraError(f"{label} is {foreign_family(header) or 'not a LoRA'}.")
 
 
-def add_metadata(path: Path, into: Path, more: Mapping[str, str], label: str, stop: Stop) -> str:
-    """Copy a whole safetensors file to `into`, with `more` metadata; the SHA-256 of that. Raises `LoraError`."""
+def add_metadata(path: Path, into: Path, more: Mapping[str, str], label: str, cancellation: Cancellation) -> str:
+    """Copy a safetensors file to `into` and add `more` metadata. Returns the copy's SHA-256. Raises `LoraError`."""
     check_space(into, path.stat().st_size)
     with path.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         header["__metadata__"] = {**header.get("__metadata__", {}), **more}
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % ALIGNMENT)
-        return _write(
-            chain([len(text).to_bytes(8, "little") + text], iter(lambda: file.read(BLOCK), b"")), into, stop, label
-        )
+        start = len(text).to_bytes(8, "little") + text
+        return _write(chain([start], iter(lambda: file.read(BLOCK), b"")), into, label, cancellation)
 
 
 class _Reader:
-    """A file that gives tarfile small pieces only."""
+    """A file of which tarfile can read small pieces only."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.seek, self.tell, self._file = file.seek, file.tell, file
@@ -113,12 +112,12 @@ class _Reader:
         return self._file.read(size)
 
 
-def _regular_members(file: IO[bytes], label: str, stop: Stop) -> dict[str, tuple[int, int]]:
+def _regular_members(file: IO[bytes], label: str, cancellation: Cancellation) -> dict[str, tuple[int, int]]:
     """Where the bytes of each member that may matter are: name -> (start, size)."""
     found = {}
     with tarfile.open(fileobj=_Reader(file), mode="r:") as archive:  # type: ignore[call-overload]
         for count, member in enumerate(archive):
-            stop.check()
+            cancellation.check()
             if count >= MOST_MEMBERS:
                 raise LoraError(f"{label}: the archive holds more than {MOST_MEMBERS} files.")
             if (
@@ -140,13 +139,13 @@ def _member(file: IO[bytes], size: int) -> Iterator[bytes]:
         yield block
 
 
-def _write(blocks: Iterable[bytes], into: Path, stop: Stop, label: str) -> str:
-    """The SHA-256 of what is written."""
+def _write(blocks: Iterable[bytes], into: Path, label: str, cancellation: Cancellation) -> str:
+    """Returns the SHA-256 of what is written."""
     digest = hashlib.sha256()
     try:
         with into.open("wb") as output:
             for block in blocks:
-                stop.check()
+                cancellation.check()
                 digest.update(block)
                 output.write(block)
     except OSError as error:

@@ -26,18 +26,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from fetch.civitai import CivitaiModel
 from fetch.files import choose_file
-from fetch.network import Pace, is_public
-from fetch.references import CivitaiModel, DataUri, HuggingFaceRepo, ReplicateModel, Source, WebFile, parse_reference
+from fetch.hub import Source
+from fetch.hugging_face import HuggingFaceRepo
+from fetch.limits import FetchLimits
+from fetch.public import is_public
+from fetch.references import parse_reference
+from fetch.replicate import ReplicateModel
 from fetch.sources import FetchedLora, fetch_lora, fetch_weights
+from fetch.web import DataUri, WebFile
 from lora.errors import LoraError
 from settings import Settings, read_settings
 from tests.web import COMMIT, Fault, Web, lora_file, serve, tar_file, trained
 from tools.cog_schema import ROOT
 
-FAST = Pace(
-    connect=1, idle=0.3, total=4, pauses=(0.01, 0.01), longest_pause=1.5, segment=8192, connections=4, report=0.05
-)
+FAST = FetchLimits(
+    connect_timeout=1, read_timeout=0.3, total_timeout=4, retry_pauses=(0.01, 0.01), longest_retry_pause=1.5,
+    segment_bytes=8192, connections=4, progress_interval=0.05,
+)  # fmt: skip
 VERSION = "ab" * 32
 LORA = lora_file()
 
@@ -50,8 +57,8 @@ def web() -> Iterator[Web]:
 
 @pytest.fixture
 def fetch(web: Web, tmp_path: Path) -> Callable[..., FetchedLora]:
-    def fetch(reference: str, pace: Pace = FAST, **environment: str) -> FetchedLora:
-        fetched = fetch_lora(reference, settings(web, tmp_path, **environment), pace)
+    def fetch(reference: str, limits: FetchLimits = FAST, **environment: str) -> FetchedLora:
+        fetched = fetch_lora(reference, settings(web, tmp_path, **environment), limits)
         check_cache(tmp_path)
         return fetched
 
@@ -421,7 +428,7 @@ def test_an_archive_gives_one_file_and_nothing_else(
         assert fetch("fofr/cars").path.read_bytes() == LORA
     else:
         with pytest.raises(LoraError, match=found):
-            fetch("fofr/cars", Pace())
+            fetch("fofr/cars", FetchLimits())
     check_cache(tmp_path)
     assert {file.suffix for file in tmp_path.rglob("*") if file.is_file()} <= {".lock", ".json", ".safetensors"}
 
@@ -457,7 +464,7 @@ FAILING = {
     "500 for good": (Fault(99, status=500), "answers 500, try again later"),
     "drip": (Fault(99, drip=0.01), "did not arrive within 0.5 seconds"),
     "silence": (Fault(99, wait=threading.Event()), "no answer in time|did not arrive within"),
-    "endless": (Fault(99, endless=True, ranges="ignored"), "does not end in time; LORA_MAX_GB allows 0.02 GB"),
+    "endless": (Fault(99, endless=True, ranges="ignored"), "has more than 0.02 GB; LORA_MAX_GB allows 0.02 GB"),
     "declared too large": (
         Fault(99, headers={"Content-Length": "99999999999"}, ranges="ignored"),
         "has 100 GB; LORA_MAX_GB allows 0.02 GB",
@@ -480,10 +487,10 @@ def test_a_fault_that_can_be_made_good_is(web: Web, fetch: Callable[..., Fetched
 def test_a_fault_leaves_nothing_behind(web: Web, fetch: Callable[..., FetchedLora], tmp_path: Path, name: str) -> None:
     fault, sentence = FAILING[name]
     web.files["/x.safetensors"], web.fault = LORA, fault
-    pace = replace(FAST, total=0.5) if name == "drip" else FAST
+    limits = replace(FAST, total_timeout=0.5) if name == "drip" else FAST
     started = time.monotonic()
     with pytest.raises(LoraError, match=sentence) as caught:
-        fetch(f"{web.url}/x.safetensors?sig=secret", pace, LORA_MAX_GB="0.02")
+        fetch(f"{web.url}/x.safetensors?sig=secret", limits, LORA_MAX_GB="0.02")
     assert time.monotonic() - started < 3
     assert re.fullmatch(r"[^\n]+\.", str(caught.value))
     assert "secret" not in str(caught.value)
@@ -577,7 +584,7 @@ def test_redirects_end(web: Web, fetch: Callable[..., FetchedLora]) -> None:
     with pytest.raises(LoraError, match="more than 5 redirects"):
         fetch(f"{web.url}/3.safetensors")
     web.redirects["/f.safetensors"] = "file:///etc/passwd"
-    with pytest.raises(LoraError, match="other means than http"):
+    with pytest.raises(LoraError, match="neither http nor https"):
         fetch(f"{web.url}/f.safetensors")
 
 
@@ -677,10 +684,10 @@ def test_a_cached_version_needs_a_folder_that_can_be_read_and_no_more(
 
 def run_fetch(web: Web, cache: Path, reference: str, **environment: str) -> "subprocess.Popen[str]":
     code = (
-        "import sys; from fetch.sources import fetch_lora; from fetch.network import Pace;"
+        "import sys; from fetch.sources import fetch_lora; from fetch.limits import FetchLimits;"
         "from settings import read_settings; from resource import *;"
         "limit = int(sys.argv[2]); limit and setrlimit(RLIMIT_FSIZE, (limit, limit));"
-        "print(fetch_lora(sys.argv[1], read_settings(), Pace(segment=8192)).origin)"
+        "print(fetch_lora(sys.argv[1], read_settings(), FetchLimits(segment_bytes=8192)).origin)"
     )
     limit = environment.pop("LIMIT", "0")
     return subprocess.Popen(
@@ -758,7 +765,7 @@ def test_cancelling_at_any_time_leaves_nothing(
 
     def fetch_and_cancel() -> None:
         threading.Thread(target=cancel).start()
-        fetch_lora(reference, settings(web, tmp_path), Pace(segment=8192))
+        fetch_lora(reference, settings(web, tmp_path), FetchLimits(segment_bytes=8192))
 
     started = time.monotonic()
     with pytest.raises(Cancelled):
