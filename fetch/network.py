@@ -132,13 +132,13 @@ class Client:
             yield response
 
     def redirect_target(self, response: requests.Response) -> str | None:
-        """The address that the answer redirects to, None when it is no redirect. Raises `LoraError` for a bad one."""
+        """The address that the answer redirects to, None when it is none. Raises `LoraError` for a damaged one."""
         location = self._session.get_redirect_target(response)
         if location is None:
             return None
+        target = urljoin(response.url, location)
         try:
-            target = urljoin(response.url, location)
-            same_server(target, response.url)  # which takes it apart
+            _origin(target)
         except ValueError:
             raise LoraError(f"{host_of(response.url)} redirects to an address that cannot be opened.") from None
         return target

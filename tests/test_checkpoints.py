@@ -12,7 +12,7 @@ import pytest
 
 from flux.checkpoints import find_checkpoints, is_demo
 from settings import SettingsError, read_settings
-from tests.hub import Hub, serve
+from tests.web import COMMIT, Fault, Web, read_folder, serve
 
 FIND = """
 import json, logging, sys
@@ -27,73 +27,76 @@ except SettingsError as error:
 
 
 @pytest.fixture
-def hub(checkpoints: dict[str, Path]) -> Iterator[Hub]:
-    with serve(Hub({"acme/dev": checkpoints["dev"], "acme/schnell": checkpoints["schnell"]})) as hub:
-        yield hub
+def web(checkpoints: dict[str, Path]) -> Iterator[Web]:
+    with serve(Web()) as web:
+        for model, folder in checkpoints.items():
+            web.hugging_face(f"acme/{model}", read_folder(folder))
+        yield web
 
 
-def find(hub: Hub, cache: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
+def find(web: Web, cache: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
     """`find_checkpoints` in a process of its own, since Hugging Face's client reads its variables when imported."""
-    base = {"HF_ENDPOINT": hub.url, "HF_HOME": str(cache), "PATH": os.environ["PATH"], "HOME": str(cache)}
+    base = {"HF_ENDPOINT": web.url, "HF_HOME": str(cache), "PATH": os.environ["PATH"], "HOME": str(cache)}
     return subprocess.run(
-        [sys.executable, "-c", FIND], env=base | environment, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", FIND], env=base | environment, capture_output=True, text=True, timeout=120, check=False
     )
 
 
-def files_below(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-
-
-def test_repos_are_fetched_whole_and_once(hub: Hub, tmp_path: Path, checkpoints: dict[str, Path]) -> None:
-    (checkpoints["dev"] / "flux1-dev.safetensors").write_bytes(b"the same weights again, in one file")
-    first = find(hub, tmp_path, FLUX_DEV="acme/dev", FLUX_SCHNELL="acme/schnell")
+def test_repos_are_fetched_whole_and_once(web: Web, tmp_path: Path, checkpoints: dict[str, Path]) -> None:
+    again = {"flux1-dev.safetensors": b"the same weights again, in one file"}
+    web.hugging_face("acme/dev", read_folder(checkpoints["dev"]) | again)
+    first = find(web, tmp_path, FLUX_DEV="acme/dev", FLUX_SCHNELL="acme/schnell")
     assert first.returncode == 0, first.stderr
     folders = {name: Path(folder) for name, folder in json.loads(first.stdout).items()}
     for name in ("dev", "schnell"):
-        wanted = {file: body for file, body in files_below(checkpoints[name]).items() if "/" in file}
-        assert files_below(folders[name]) == wanted
-    hub.fetched.clear()
-    assert find(hub, tmp_path, FLUX_DEV="acme/dev", FLUX_SCHNELL="acme/schnell").stdout == first.stdout
-    assert hub.fetched == []
+        wanted = {file: body for file, body in read_folder(checkpoints[name]).items() if "/" in file}
+        assert read_folder(folders[name]) == wanted
+    web.asked.clear()
+    assert find(web, tmp_path, FLUX_DEV="acme/dev", FLUX_SCHNELL="acme/schnell").stdout == first.stdout
+    assert web.downloads() == []
 
 
-def test_schnell_does_not_fetch_what_dev_has(hub: Hub, tmp_path: Path) -> None:
-    hub.repos["acme/whole-schnell"] = hub.repos["acme/dev"]
-    done = find(hub, tmp_path, FLUX_DEV="acme/dev", FLUX_SCHNELL="acme/whole-schnell")
-    fetched = {entry.split("/")[2] for entry in hub.fetched if entry.startswith("acme/whole-schnell/")}
+def test_schnell_does_not_fetch_what_dev_has(web: Web, tmp_path: Path, checkpoints: dict[str, Path]) -> None:
+    web.hugging_face("acme/whole-schnell", read_folder(checkpoints["dev"]))
+    done = find(web, tmp_path, FLUX_DEV="acme/dev", FLUX_SCHNELL="acme/whole-schnell")
+    start = f"/acme/whole-schnell/resolve/{COMMIT}/"
+    fetched = {
+        request.path.removeprefix(start).split("/")[0] for request in web.downloads() if request.path.startswith(start)
+    }
     assert fetched == {"transformer", "scheduler"}
     assert "the VAE and the text encoders are dev's and are not fetched again" in done.stderr
 
 
-def test_a_broken_download_is_resumed(hub: Hub, tmp_path: Path, checkpoints: dict[str, Path]) -> None:
-    dev = tmp_path / "dev"
-    shutil.copytree(checkpoints["dev"], dev)
-    (dev / "vae" / "large.safetensors").write_bytes(os.urandom(25 * 10**6))  # the client writes 10 MB at a time
-    hub.repos["acme/dev"], hub.cut_after = dev, 15 * 10**6
-    done = find(hub, tmp_path / "cache", FLUX_DEV="acme/dev", FLUX_SCHNELL="acme/schnell")
+def test_a_broken_download_is_resumed(web: Web, tmp_path: Path, checkpoints: dict[str, Path]) -> None:
+    dev = read_folder(checkpoints["dev"]) | {"vae/large.safetensors": os.urandom(25 * 10**6)}
+    web.hugging_face("acme/dev", dev)
+    web.fault = Fault(only="large.safetensors", cut_after=15 * 10**6)
+    done = find(web, tmp_path / "cache", FLUX_DEV="acme/dev", FLUX_SCHNELL="acme/schnell")
     assert done.returncode == 0, done.stderr
-    assert [entry for entry in hub.fetched if " bytes=1" in entry] == ["acme/dev/vae/large.safetensors bytes=10485760-"]
-    fetched = files_below(Path(json.loads(done.stdout)["dev"]))
-    assert all(body == (dev / name).read_bytes() for name, body in fetched.items())
+    ranges = [request.headers.get("Range") for request in web.downloads() if request.path.endswith("large.safetensors")]
+    assert ranges[1:] == ["bytes=10485760-"]  # the client writes 10 MB at a time
+    fetched = read_folder(Path(json.loads(done.stdout)["dev"]))
+    assert fetched.items() <= dev.items()
+    assert "vae/large.safetensors" in fetched
 
 
-def test_the_cache_serves_when_the_hub_is_down(hub: Hub, tmp_path: Path) -> None:
+def test_the_cache_serves_when_the_hub_is_down(web: Web, tmp_path: Path) -> None:
     names = {"FLUX_DEV": "acme/dev", "FLUX_SCHNELL": "acme/schnell"}
-    first = find(hub, tmp_path, **names)
-    hub.failing = 503
-    assert find(hub, tmp_path, **names, HF_HUB_OFFLINE="1").stdout == first.stdout
+    first = find(web, tmp_path, **names)
+    web.failing = 503
+    assert find(web, tmp_path, **names, HF_HUB_OFFLINE="1").stdout == first.stdout
 
 
-def test_a_gated_repo_opens_with_the_token(hub: Hub, tmp_path: Path) -> None:
-    hub.gated, hub.token = {"acme/dev"}, "hf_opensesame"
+def test_a_gated_repo_opens_with_the_token(web: Web, tmp_path: Path) -> None:
+    web.gated, web.tokens = {"/acme/dev/"}, {"/acme/dev/": "hf_opensesame"}
     names = {"FLUX_DEV": "acme/dev", "FLUX_SCHNELL": "acme/schnell"}
-    refused = find(hub, tmp_path, **names, HF_TOKEN="hf_wrong")
+    refused = find(web, tmp_path, **names, HF_TOKEN="hf_wrong")
     assert refused.stderr.strip().splitlines()[-1] == (
         "The environment variable FLUX_DEV names the Hugging Face repo acme/dev, which is gated: accept its licence on "
         "its page and set HF_TOKEN to a token of that account."
     )
     assert "hf_wrong" not in refused.stderr
-    assert find(hub, tmp_path, **names, HF_TOKEN="hf_opensesame").returncode == 0
+    assert find(web, tmp_path, **names, HF_TOKEN="hf_opensesame").returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -106,8 +109,8 @@ def test_a_gated_repo_opens_with_the_token(hub: Hub, tmp_path: Path) -> None:
         ("acme--x/dev", "not a valid repo id"),
     ],
 )
-def test_what_is_no_checkpoint_is_one_sentence(hub: Hub, tmp_path: Path, reference: str, complaint: str) -> None:
-    done = find(hub, tmp_path, FLUX_DEV=reference)
+def test_what_is_no_checkpoint_is_one_sentence(web: Web, tmp_path: Path, reference: str, complaint: str) -> None:
+    done = find(web, tmp_path, FLUX_DEV=reference)
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("The environment variable FLUX_DEV ")
     assert complaint in last
@@ -115,9 +118,9 @@ def test_what_is_no_checkpoint_is_one_sentence(hub: Hub, tmp_path: Path, referen
 
 
 @pytest.mark.parametrize(("offline", "status"), [("1", None), ("0", 500)])
-def test_a_hub_out_of_reach_is_one_sentence(hub: Hub, tmp_path: Path, offline: str, status: int | None) -> None:
-    hub.failing = status
-    done = find(hub, tmp_path, FLUX_DEV="acme/dev", HF_HUB_OFFLINE=offline)
+def test_a_hub_out_of_reach_is_one_sentence(web: Web, tmp_path: Path, offline: str, status: int | None) -> None:
+    web.failing = status
+    done = find(web, tmp_path, FLUX_DEV="acme/dev", HF_HUB_OFFLINE=offline)
     assert "Hugging Face cannot be reached" in done.stderr.strip().splitlines()[-1]
 
 

@@ -16,7 +16,7 @@ import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from fetch import references
 from fetch.civitai import CivitaiModel
 from fetch.files import choose_file
-from fetch.hub import Source
+from fetch.hub import Address, Hub, Source
 from fetch.hugging_face import HuggingFaceRepo
 from fetch.limits import FetchLimits
+from fetch.network import Client
 from fetch.public import is_public
 from fetch.references import parse_reference
+from fetch.remote import RemoteFile
 from fetch.replicate import ReplicateModel
 from fetch.sources import FetchedLora, fetch_lora, fetch_weights
 from fetch.web import DataUri, WebFile
@@ -41,10 +44,11 @@ from settings import Settings, read_settings
 from tests.web import COMMIT, Fault, Web, lora_file, serve, tar_file, trained
 from tools.cog_schema import ROOT
 
-FAST = FetchLimits(
-    connect_timeout=1, read_timeout=0.3, total_timeout=4, retry_pauses=(0.01, 0.01), longest_retry_pause=1.5,
+FAST = FetchLimits(  # but for the timeouts, which no loaded machine is to reach
+    connect_timeout=20, read_timeout=20, total_timeout=60, retry_pauses=(0.01, 0.01), longest_retry_pause=1.5,
     segment_bytes=8192, connections=4, progress_interval=0.05,
 )  # fmt: skip
+SHORT_OF_TIME = {"drip": replace(FAST, total_timeout=0.5), "silence": replace(FAST, read_timeout=0.2)}
 VERSION = "ab" * 32
 LORA = lora_file()
 
@@ -81,7 +85,7 @@ def check_cache(cache: Path, secret: str = "secret") -> None:
     assert not list(cache.glob("parts/*"))
     for file in cache.glob("locks/*"):
         lock = FileLock(file)
-        lock.acquire(timeout=1)
+        lock.acquire(timeout=20)
         lock.release()
     for file in cache.rglob("*"):
         assert secret not in str(file)
@@ -210,10 +214,10 @@ def test_a_reference_is_fetched_once(web: Web, fetch: Callable[..., FetchedLora]
     first = fetch(reference)
     assert first.path.read_bytes() == LORA
     assert first.origin == "download"
-    fetched = web.downloads()
+    fetched = len(web.downloads())
     second = fetch(reference)
     assert (second.path, second.origin) == (first.path, "disk")
-    assert web.downloads() == fetched or name.startswith("url")  # an address is asked whether it has changed
+    assert len(web.downloads()) == fetched or name.startswith("url")  # an address is asked whether it has changed
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -276,7 +280,7 @@ def test_tokens_open_what_is_private_and_stay_with_their_hub(
             assert "secret" not in str(caught.value)
             assert fetch(references[name], **tokens).path.read_bytes() == LORA
         assert elsewhere.asked
-        assert not any("Authorization" in headers for _, headers in elsewhere.asked)
+        assert not any("Authorization" in request.headers for request in elsewhere.asked)
     assert "secret" not in caplog.text
 
 
@@ -290,7 +294,7 @@ def test_a_token_in_a_pasted_address_opens_for_that_address_alone(
     with pytest.raises(LoraError, match="CIVITAI_API_TOKEN"):
         fetch("https://civitai.com/api/download/models/71")
     assert "secret" not in caplog.text
-    assert all("secret" not in str(path) for path, _ in web.asked)
+    assert all("secret" not in request.path for request in web.asked)
 
 
 WEIGHTS = b"\x02\0\0\0\0\0\0\0{}"
@@ -338,7 +342,7 @@ def test_pefts_configuration_comes_along(web: Web, fetch: Callable[..., FetchedL
         assert safetensors_bytes(fetched.path.read_bytes()) == safetensors_bytes(LORA)
         asked = len(web.asked)
         assert fetch(reference).path == fetched.path
-        assert not any(path.endswith(("config.json", ".safetensors", ".tar")) for path, _ in web.asked[asked:])
+        assert not any(request.path.endswith(("config.json", ".safetensors", ".tar")) for request in web.asked[asked:])
 
 
 def safetensors_bytes(file: bytes) -> bytes:
@@ -392,6 +396,40 @@ def test_a_hash_that_differs_is_refused(web: Web, fetch: Callable[..., FetchedLo
         fetch(reference)
     web.files["/api/download/models/71"] = LORA
     assert fetch(reference).path.read_bytes() == LORA
+
+
+def test_another_hub_is_one_module(web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its source and its `Hub`, in the list of hubs, are all that it takes."""
+
+    @dataclass(frozen=True)
+    class Shelf(Source):
+        name: str
+
+        @property
+        def label(self) -> str:
+            return f"shelf.test/{self.name}"
+
+        immutable = True
+
+        def endpoint(self, settings: Settings) -> str:
+            return web.url
+
+        def resolve(self, settings: Settings, client: Client) -> RemoteFile:
+            return RemoteFile(self.label, f"{web.url}/api/{self.name}.safetensors")
+
+    def parse(address: Address) -> Shelf | None:
+        return Shelf(address.parts[0]) if len(address.parts) == 1 else None
+
+    hub = Hub(hosts=("shelf.test",), accepted="shelf.test/<name>", parse=parse)
+    monkeypatch.setattr(references, "HUBS", (*references.HUBS, hub))
+    web.files["/api/pixar.safetensors"] = LORA
+    public_only = settings(web, tmp_path, LORA_ALLOW_PRIVATE_HOSTS="0")
+    fetched = fetch_lora("https://www.shelf.test/pixar", public_only, FAST)
+    assert (fetched.read(content), fetched.origin, fetched.name) == (LORA, "download", "shelf.test/pixar")
+    web.failing = 503
+    assert fetch_lora("shelf.test/pixar?x=1", public_only, FAST).origin == "disk"
+    with pytest.raises(LoraError, match="does not name a LoRA"):
+        fetch_lora("shelf.test/pixar/x.safetensors", public_only, FAST)
 
 
 # Archives
@@ -463,7 +501,7 @@ FAILING = {
     "429 for an hour": (Fault(99, status=429, headers={"Retry-After": "3600"}), "asks to wait 3600 seconds"),
     "500 for good": (Fault(99, status=500), "answers 500, try again later"),
     "drip": (Fault(99, drip=0.01), "did not arrive within 0.5 seconds"),
-    "silence": (Fault(99, wait=threading.Event()), "no answer in time|did not arrive within"),
+    "silence": (Fault(99, wait=threading.Event()), "no answer in time"),
     "endless": (Fault(99, endless=True, ranges="ignored"), "has more than 0.02 GB; LORA_MAX_GB allows 0.02 GB"),
     "declared too large": (
         Fault(99, headers={"Content-Length": "99999999999"}, ranges="ignored"),
@@ -487,11 +525,8 @@ def test_a_fault_that_can_be_made_good_is(web: Web, fetch: Callable[..., Fetched
 def test_a_fault_leaves_nothing_behind(web: Web, fetch: Callable[..., FetchedLora], tmp_path: Path, name: str) -> None:
     fault, sentence = FAILING[name]
     web.files["/x.safetensors"], web.fault = LORA, fault
-    limits = replace(FAST, total_timeout=0.5) if name == "drip" else FAST
-    started = time.monotonic()
     with pytest.raises(LoraError, match=sentence) as caught:
-        fetch(f"{web.url}/x.safetensors?sig=secret", limits, LORA_MAX_GB="0.02")
-    assert time.monotonic() - started < 3
+        fetch(f"{web.url}/x.safetensors?sig=secret", SHORT_OF_TIME.get(name, FAST), LORA_MAX_GB="0.02")
     assert re.fullmatch(r"[^\n]+\.", str(caught.value))
     assert "secret" not in str(caught.value)
     wait_until(lambda: not list(tmp_path.glob("parts/*")))
@@ -501,7 +536,7 @@ def test_a_fault_leaves_nothing_behind(web: Web, fetch: Callable[..., FetchedLor
     assert fetch(f"{web.url}/x.safetensors?sig=secret").path.read_bytes() == LORA
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 3.0) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -511,7 +546,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 3.0) -> None:
 def test_only_what_is_missing_is_asked_again(web: Web, fetch: Callable[..., FetchedLora]) -> None:
     web.files["/x.safetensors"], web.fault = LORA, Fault(cut_after=5000)
     fetch(f"{web.url}/x.safetensors")
-    ranges = sorted(headers["Range"] for _, headers in web.asked)
+    ranges = sorted(request.headers["Range"] for request in web.asked)
     assert "bytes=5000-8191" in ranges
     assert len(ranges) == len(LORA) // 8192 + 2
 
@@ -586,6 +621,10 @@ def test_redirects_end(web: Web, fetch: Callable[..., FetchedLora]) -> None:
     web.redirects["/f.safetensors"] = "file:///etc/passwd"
     with pytest.raises(LoraError, match="neither http nor https"):
         fetch(f"{web.url}/f.safetensors")
+    for damaged in ("http://[::1/x", "http://example.com:99999/x"):
+        web.redirects["/d.safetensors"] = damaged
+        with pytest.raises(LoraError, match="an address that can"):
+            fetch(f"{web.url}/d.safetensors")
 
 
 def test_proxies_of_the_environment_are_used_and_netrc_is_not(
@@ -596,7 +635,7 @@ def test_proxies_of_the_environment_are_used_and_netrc_is_not(
     monkeypatch.setenv("http_proxy", web.url)
     web.files["/x.safetensors"] = web.files["http://lora.test/x.safetensors"] = LORA
     assert fetch("http://lora.test/x.safetensors", LORA_ALLOW_PRIVATE_HOSTS="0").path.read_bytes() == LORA
-    assert not any("Authorization" in headers for _, headers in web.asked)
+    assert not any("Authorization" in request.headers for request in web.asked)
     with pytest.raises(LoraError, match="is on a private network"):
         fetch("http://169.254.169.254/x.safetensors", LORA_ALLOW_PRIVATE_HOSTS="0")
 
@@ -701,13 +740,13 @@ def test_processes_share_one_download(web: Web, tmp_path: Path) -> None:
     reference = hubs(web)["civitai"]
     web.fault = Fault(99, wait=threading.Event())
     with run_fetch(web, tmp_path, reference) as one, run_fetch(web, tmp_path, reference) as two:
-        wait_until(lambda: web.downloads() >= 4, 15)
+        wait_until(lambda: len(web.downloads()) >= 4)
         time.sleep(0.5)
         assert web.fault.wait
         web.fault.wait.set()
-        origins = sorted(process.communicate(timeout=20)[0].strip() for process in (one, two))
+        origins = sorted(process.communicate(timeout=60)[0].strip() for process in (one, two))
     assert origins == ["disk", "download"]
-    ranges = [headers["Range"] for path, headers in web.asked if path in web.files]
+    ranges = [request.headers["Range"] for request in web.downloads()]
     assert len(ranges) == len(set(ranges))
     check_cache(tmp_path)
 
@@ -718,7 +757,7 @@ def test_a_killed_process_leaves_nothing_that_counts(
     references = hubs(web)
     web.fault = Fault(99, wait=threading.Event())
     with run_fetch(web, tmp_path, references["civitai"]) as process:
-        wait_until(lambda: web.downloads() >= 3, 15)
+        wait_until(lambda: len(web.downloads()) >= 3)
         process.kill()
         process.communicate(timeout=10)
     assert process.returncode == -signal.SIGKILL
@@ -732,7 +771,7 @@ def test_a_killed_process_leaves_nothing_that_counts(
 def test_a_full_disk_is_one_sentence(web: Web, fetch: Callable[..., FetchedLora], tmp_path: Path) -> None:
     reference = hubs(web)["hugging face"]
     with run_fetch(web, tmp_path, reference, LIMIT="20000") as process:
-        _, errors = process.communicate(timeout=20)
+        _, errors = process.communicate(timeout=60)
     assert errors.strip().splitlines()[-1].endswith("cannot be written into LORA_CACHE_DIR: File too large.")
     check_cache(tmp_path)
     assert fetch(reference).path.read_bytes() == LORA
@@ -770,7 +809,7 @@ def test_cancelling_at_any_time_leaves_nothing(
     started = time.monotonic()
     with pytest.raises(Cancelled):
         fetch_and_cancel()
-    assert time.monotonic() - started < delay + 0.5
+    assert time.monotonic() - started < 20  # the server waits for longer
     wait_until(lambda: not any(thread.name == "lora" for thread in threading.enumerate()))
     check_cache(tmp_path)
     assert not list(tmp_path.glob("files/*"))
@@ -811,7 +850,7 @@ def test_the_command_prints_the_path_or_one_sentence(web: Web, tmp_path: Path) -
             cwd=tmp_path,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=120,
             check=False,
         )
 

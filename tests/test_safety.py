@@ -24,7 +24,7 @@ from safety import CONCEPTS_REPO, GREY, VIT_REPO, SafetyError, Screener, load_sc
 from settings import SettingsError, read_settings
 from tests.checkers import VIT_PREPROCESSOR, write_concepts, write_vit
 from tests.conftest import Server, data_url, decode_picture, failure, same
-from tests.hub import Hub, serve
+from tests.web import Web, read_folder, serve
 from tools.server import CogServer, ServerError, cog_server
 
 CPU = torch.device("cpu")
@@ -240,15 +240,16 @@ def test_one_of_four_is_left_out(four: list[Image.Image], checkpoints: dict[str,
 
 def test_two_stages_come_from_hugging_face_and_screen_inputs_too(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     """By the container's default names, of which nothing but safetensors and configs is fetched."""
-    repos = {}
+    web = Web()
     for name, folder in (
         (CONCEPTS_REPO, write_concepts(tmp_path / "concepts", {"concept_embeds_weights": ALWAYS})),
         (VIT_REPO, write_vit(tmp_path / "vit", nsfw_bias=1000)),
     ):
         (folder / "pytorch_model.bin").write_bytes(b"a pickle")
-        repos[name.partition("@")[0]] = folder
-    with serve(Hub(repos)) as hub:
-        environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "SAFETY_CHECK_INPUTS": "1"}
+        repo, _, revision = name.partition("@")
+        web.hugging_face(repo, read_folder(folder), revision=revision or "main")
+    with serve(web):
+        environment = {"HF_ENDPOINT": web.url, "HF_HOME": str(tmp_path / "cache"), "SAFETY_CHECK_INPUTS": "1"}
         log: list[str] = []
         with running({**environment, "SAFETY_MODEL": "two-stage"}, checkpoints, on_log=log.append) as cog:
             server = Server(cog.url)
@@ -259,7 +260,7 @@ def test_two_stages_come_from_hugging_face_and_screen_inputs_too(checkpoints: di
         re.match(r"safety: picture 0 blocked, concept [12]\.\d+ \(limit 0\), nsfw 1\.0000", line) for line in log
     )
     assert unscreened["status"] == "succeeded"
-    fetched = [entry.split("/", 2)[2] for entry in hub.fetched]
+    fetched = [request.path.rpartition("/")[2] for request in web.downloads()]
     assert sorted(fetched) == sorted(2 * ["config.json", "model.safetensors", "preprocessor_config.json"])
 
 
@@ -287,7 +288,7 @@ def test_a_checker_that_breaks_on_a_picture_shows_nothing(checkpoints: dict[str,
 
 def health(cog: CogServer) -> dict[str, Any]:
     """Once the slot of the last prediction is free again."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while (answer := requests.get(f"{cog.url}/health-check", timeout=20).json())["status"] == "BUSY":
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -302,7 +303,6 @@ def threads(cog: CogServer) -> int:
 def test_a_checker_that_is_too_slow_shows_nothing_and_is_reported(checkpoints: dict[str, Path]) -> None:
     with running({"SAFETY_TIMEOUT": "0.001"}, checkpoints) as cog:
         server, wanted = Server(cog.url), {**TINY, "image": data_url(GREY)}
-        assert health(cog)["status"] == "READY"
         assert failure(server(**wanted)) == FAILED + "took longer than 0.001 s."
         before = threads(cog)
         for _ in range(20):
@@ -315,23 +315,24 @@ def test_a_checker_that_is_too_slow_shows_nothing_and_is_reported(checkpoints: d
 
 
 def test_cancelling_in_the_midst_of_screening_harms_nothing(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    """16,384 tokens of attention make four pictures take seconds, which are not waited for."""
+    """16,384 tokens of attention make four pictures take seconds; a cancelled request does not wait for them."""
     size = {"image_size": 1024, "patch_size": 8, "num_attention_heads": 1}
     large = {**VIT_PREPROCESSOR, "size": {"height": 1024, "width": 1024}}
     folder = write_vit(tmp_path / "vit", nsfw_bias=-1000, preprocessor=large, **size)
     environment = {"SAFETY_MODEL": "vit", "SAFETY_VIT": str(folder), "OMP_NUM_THREADS": "1"}
     with running(environment, checkpoints) as cog:
         server, wanted = Server(cog.url), {**TINY, "image": data_url(GREY)}
+        seconds = server(**wanted, num_outputs=4)["metrics"]["safety_time"]
         for i in range(2):
             with ThreadPoolExecutor() as pool:
                 assert health(cog)["status"] == "READY"
                 body = {"input": {**wanted, "num_outputs": 4}}
                 answer = pool.submit(requests.put, f"{cog.url}/predictions/slow-{i}", json=body, timeout=60)
-                time.sleep(0.3 + 0.2 * i)
+                time.sleep(seconds * (0.1 + 0.1 * i))
                 started = time.perf_counter()
                 requests.post(f"{cog.url}/predictions/slow-{i}/cancel", timeout=10)
                 assert answer.result().json()["status"] == "canceled"
-                assert time.perf_counter() - started < 0.5
+                assert time.perf_counter() - started < seconds / 4
             assert same(server.pictures(**wanted)[0], GREY)
         assert health(cog)["status"] == "READY"
 

@@ -1,8 +1,12 @@
-"""A loopback server that stands in for the three hubs and for any other: their paths, redirects, headers and faults."""
+"""A loopback server that stands in for the three hubs and for any other: their paths, redirects, headers and faults.
+
+Hugging Face's real client library can read what `Web.hugging_face` puts there.
+"""
 
 import hashlib
 import io
 import json
+import re
 import tarfile
 import threading
 import time
@@ -10,7 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
@@ -24,6 +29,7 @@ class Fault:
     """What goes wrong with the bodies of files, `times` times."""
 
     times: int = 1
+    only: str = ""  # of files whose paths end so
     status: int | None = None
     headers: dict[str, str] = field(default_factory=dict)
     cut_after: int | None = None  # bytes of the body after which the connection breaks
@@ -34,6 +40,12 @@ class Fault:
     wait: threading.Event | None = None  # the second half of the body comes after it
 
 
+class Request(NamedTuple):
+    method: str
+    path: str
+    headers: dict[str, str]
+
+
 @dataclass
 class Web:
     """What is on the server, by path, and what was asked of it."""
@@ -42,18 +54,18 @@ class Web:
     pages: dict[str, Any] = field(default_factory=dict)  # answered as JSON
     redirects: dict[str, str] = field(default_factory=dict)
     tokens: dict[str, str] = field(default_factory=dict)  # the path's first part -> what opens it
-    gated: set[str] = field(default_factory=set)
+    gated: set[str] = field(default_factory=set)  # those first parts whose licence has to be accepted
     validators: bool = True  # ETag and Last-Modified
     fault: Fault | None = None
     failing: int | None = None  # answer everything with this status
-    connection_rate: float | None = None  # bytes a second
-    asked: list[tuple[str, dict[str, str]]] = field(default_factory=list)
+    asked: list[Request] = field(default_factory=list)
     url: str = ""
 
-    def downloads(self) -> int:
-        return sum(path in self.files for path, _ in self.asked)
+    def downloads(self) -> list[Request]:
+        return [request for request in self.asked if request.method == "GET" and request.path in self.files]
 
-    def hugging_face(self, repo: str, files: dict[str, bytes], commit: str = COMMIT) -> None:
+    def hugging_face(self, repo: str, files: dict[str, bytes], commit: str = COMMIT, revision: str = "main") -> None:
+        """A repo whose only commit is `commit`, at main and at `revision`."""
         siblings = [
             {
                 "rfilename": name,
@@ -63,8 +75,11 @@ class Web:
             for name, body in files.items()
         ]
         info = {"id": repo, "sha": commit, "siblings": siblings, "private": False}
-        for path in ("", "/revision/main", f"/revision/{commit}"):
-            self.pages[f"/api/models/{repo}{path}"] = info
+        tree = [{"type": "file", "path": name, "size": len(body), "oid": etag_of(body)} for name, body in files.items()]
+        self.pages[f"/api/models/{repo}"] = info
+        for name in {"main", commit, revision}:
+            self.pages[f"/api/models/{repo}/revision/{name}"] = info
+            self.pages[f"/api/models/{repo}/tree/{name}"] = tree
         for name, body in files.items():
             self.files[f"/{repo}/resolve/{commit}/{name}"] = body
 
@@ -138,31 +153,36 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         web, path = self.state, unquote(urlsplit(self.path).path)
-        web.asked.append((path, dict(self.headers)))
+        web.asked.append(Request(self.command, path, dict(self.headers)))
         token = next((token for start, token in web.tokens.items() if path.startswith(start)), None)
         if web.failing:
             self._answer(web.failing, b"")
         elif token and self.headers.get("Authorization") != f"Bearer {token}":
-            repo_file = {"X-Error-Code": "GatedRepo"} if path in web.gated else {}
-            self._answer(401, b'{"error":"Unauthorized"}', repo_file)
+            gated = {"X-Error-Code": "GatedRepo"} if path.startswith(tuple(web.gated)) else {}
+            self._answer(401, b'{"error":"Unauthorized"}', gated)
         elif path in web.redirects:
             self._answer(302, b"", {"Location": web.redirects[path]})
         elif path in web.pages:
             self._answer(200, json.dumps(web.pages[path]).encode(), {"Content-Type": "application/json"})
         elif path in web.files:
-            self._file(web.files[path])
+            self._file(path, web.files[path])
         else:
             repo = {"X-Error-Code": "RepoNotFound"} if path.startswith("/api/models/") else {}
             self._answer(404, b'{"error":"not found"}', repo)
 
-    def _file(self, body: bytes) -> None:
-        fault = self.state.fault or Fault(0)
-        if fault.times > 0:
+    def _fault(self, path: str) -> Fault:
+        fault = self.state.fault
+        if fault and fault.times > 0 and self.command == "GET" and path.endswith(fault.only):
             fault.times -= 1
-        else:
-            fault = Fault(0)
+            return fault
+        return Fault(0)
+
+    def _file(self, path: str, body: bytes) -> None:
+        fault = self._fault(path)
         headers = {"Content-Type": "application/octet-stream", **fault.headers}
-        etag = f'"{hashlib.md5(body).hexdigest()}"'
+        if match := re.search(r"/resolve/([^/]+)/", path):
+            headers["X-Repo-Commit"] = match[1]
+        etag = f'"{etag_of(body)}"'
         if self.state.validators:
             headers |= {"ETag": etag, "Last-Modified": "Wed, 01 Jan 2025 00:00:00 GMT"}
         if fault.status:
@@ -174,8 +194,9 @@ class _Handler(BaseHTTPRequestHandler):
         body, status = fault.body if fault.body is not None else body, 200
         wanted = self.headers.get("Range", "").removeprefix("bytes=")
         if wanted and fault.ranges != "ignored" and fault.body is None:
-            start, last = (int(number) for number in wanted.split("-"))
-            last, size, status = min(last, len(body) - 1), len(body), 206
+            first, _, end = wanted.partition("-")
+            size, status = len(body), 206
+            start, last = int(first), min(int(end or size), size - 1)
             body = body[start : last + 1]
             if fault.ranges == "shifted":
                 start += 1
@@ -190,7 +211,7 @@ class _Handler(BaseHTTPRequestHandler):
     ) -> None:
         fault = fault or Fault(0)
         self.send_response(status)
-        if fault.endless:
+        if fault.endless or "Content-Length" in fault.headers:
             self.close_connection = True
         elif "Content-Length" not in (headers or {}) and status != 304:
             self.send_header("Content-Length", str(len(body)))
@@ -211,12 +232,21 @@ class _Handler(BaseHTTPRequestHandler):
                 time.sleep(fault.drip)
         elif fault.wait is not None:
             self.wfile.write(body[: len(body) // 2])
-            fault.wait.wait(20)
+            fault.wait.wait(60)
             self.wfile.write(body[len(body) // 2 :])
         else:
             self.wfile.write(body)
             while fault.endless:
                 self.wfile.write(b"\0" * 65536)
+
+
+def etag_of(body: bytes) -> str:
+    return hashlib.sha1(body).hexdigest()
+
+
+def read_folder(folder: Path) -> dict[str, bytes]:
+    """What a repo with the files of this folder holds."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def lora_file(seed: int = 0, columns: int = 2500, name: str = "lora_A") -> bytes:
