@@ -25,7 +25,7 @@ ALIGNMENT = 8  # of the header's end, as safetensors itself writes it
 
 
 def choose_file(names: Sequence[str]) -> str | None:
-    """The one among `names` that is the LoRA: a well-known name, the outermost first, or the only one there is."""
+    """The one of `names` that is the LoRA: a well-known name, the outermost first, or the only one there is."""
     for known in KNOWN_NAMES:
         matches = sorted(
             (name for name in names if PurePosixPath(name).name == known), key=lambda name: name.count("/")
@@ -42,7 +42,7 @@ def config_beside(name: str, names: Collection[str]) -> str | None:
 
 
 def is_tar(path: Path) -> bool:
-    """By the magic of POSIX and GNU archives."""
+    """Whether it has the magic number of POSIX and GNU archives."""
     with path.open("rb") as file:
         file.seek(257)
         return file.read(5) == b"ustar"
@@ -113,7 +113,7 @@ class _Reader:
 
 
 def _regular_members(file: IO[bytes], label: str, cancellation: Cancellation) -> dict[str, tuple[int, int]]:
-    """Where the bytes of each member that may matter are: name -> (start, size)."""
+    """The members that may matter, and where their bytes are: name -> (start, size)."""
     found = {}
     with tarfile.open(fileobj=_Reader(file), mode="r:") as archive:  # type: ignore[call-overload]
         for count, member in enumerate(archive):

@@ -111,7 +111,7 @@ class _Fetch:
         )
 
     def run(self) -> FetchedLora:
-        """Raises `LoraError` or `FetchCancelledError`; no temporary file is left in any case."""
+        """Bring it into the cache unless it is there. Raises `LoraError` and `FetchCancelledError`."""
         source, cache = self.source, self.cache
         try:
             with cache.lock(source.key, self.cancellation):
@@ -147,16 +147,12 @@ class _Fetch:
                 case RemoteFile() as remote:
                     return self._download(client, remote, known)
                 case Path() as path:
-                    beside = path.with_name(CONFIG_FILE)
-                    config = beside.read_bytes()[:LARGEST_CONFIG] if beside.is_file() else None
-                    return self.fetched(self._store(self._copy(path), config), "download")
+                    stored = self._store(self._copy(path), _config_beside(path))
                 case bytes() as content:
-                    check_space(self._part("download"), len(content))
-                    self._part("download").write_bytes(content)
-                    stored = self._store(Downloaded(hashlib.sha256(content).hexdigest()))
-                    return self.fetched(stored, "download")
+                    stored = self._store(self._write(content))
                 case unknown:
                     assert_never(unknown)
+        return self.fetched(stored, "download")
 
     def _download(self, client: Client, remote: RemoteFile, known: CacheEntry | None) -> FetchedLora:
         started, label, most_bytes = time.monotonic(), self.source.label, self.settings.lora_max_bytes
@@ -193,6 +189,12 @@ class _Fetch:
         except OSError as error:
             raise LoraError(f"{path} cannot be read: {error.strerror}.") from None
 
+    def _write(self, content: bytes) -> Downloaded:
+        part = self._part("download")
+        check_space(part, len(content))
+        part.write_bytes(content)
+        return Downloaded(hashlib.sha256(content).hexdigest())
+
     def _store(self, downloaded: Downloaded, config: bytes | None = None, other_key: str | None = None) -> CacheEntry:
         """Unpack and check what was downloaded, and put it into the cache. PEFT's configuration goes into the file's
         own metadata, so that a LoRA is one file."""
@@ -210,6 +212,11 @@ class _Fetch:
         self.cancellation.check()
         keys = [self.source.key, *([other_key] if other_key else [])]
         return self.cache.add(part, downloaded, *keys)
+
+
+def _config_beside(path: Path) -> bytes | None:
+    beside = path.with_name(CONFIG_FILE)
+    return beside.read_bytes()[:LARGEST_CONFIG] if beside.is_file() else None
 
 
 def _if_changed(known: CacheEntry | None) -> dict[str, str]:
