@@ -817,6 +817,17 @@ def test_cancelling_at_any_time_leaves_nothing(
     assert fetch(reference).path.read_bytes() == LORA
 
 
+def test_a_fetch_for_which_there_is_no_thread_fails_alone(web: Web, fetch: Callable[..., FetchedLora]) -> None:
+    reference = hubs(web)["civitai"]
+    threading.stack_size(1 << 47)  # more than there are addresses
+    try:
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            fetch(reference)
+    finally:
+        threading.stack_size(0)
+    assert fetch(reference).path.read_bytes() == LORA
+
+
 # A fine-tune's own
 
 
