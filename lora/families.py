@@ -6,7 +6,7 @@ from itertools import chain
 
 from lora.errors import LoraError
 from lora.header import Header, Shape, shown
-from lora.names import TRANSFORMER, Names, Shapes, split_key
+from lora.names import TRANSFORMER, UNSUPPORTED, Names, Shapes, split_key
 
 # What only the modules of one family are called; "~" is "." or "_". The first that is found counts.
 _FAMILIES = (
@@ -14,8 +14,7 @@ _FAMILIES = (
     ("a ControlNet", r"controlnet|input_hint_block|^control_model\."),
     ("a textual-inversion embedding", r"^(emb_params|string_to_param|clip_[lg]|t5(xxl)?|<[^>]*>)(\.\*)?$"),
     ("a LoRA with textual-inversion embeddings in it, which are not supported", r"^bundle_emb\."),
-    ("an OFT or BOFT adapter, which is not supported", r"\.b?oft_(blocks|diag|R)\b"),
-    ("a GLoRA adapter, which is not supported", r"\.[ab][12]\.weight$"),
+    *((f"{kind}, which is not supported", pattern) for kind, pattern in UNSUPPORTED.items()),
     (
         "a LoRA for Nunchaku's quantized models",
         r"\.(qweight|wscales|smooth(_orig)?)$|qkv_proj(_context)?\.lora_(down|up)$",

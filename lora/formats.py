@@ -20,7 +20,7 @@ from lora.errors import LoraError
 from lora.families import other_family
 from lora.header import Header, Shape, read_header, shown
 from lora.kinds import KINDS, LYCORIS_EPS, Kind, magnitude_fits, magnitude_of, split
-from lora.names import UNUSED, Key, Module, Names, Shapes
+from lora.names import Key, Module, Names, Shapes, is_unused
 from lora.peft import PeftConfigs
 from lora.tensors import DTYPES, FLOATS, is_finite, read_tensors
 from lora.updates import Full, LowRank, Update, take_rows
@@ -113,7 +113,7 @@ def _understand(header: Header, shapes: Shapes, name: str) -> list[_Group]:
     unknown, wrong = [], []
     for text, entry in header.entries.items():
         key = names.understand(text)
-        if key is None and UNUSED.match(text):
+        if key is None and is_unused(text):
             log.warning("%s: %s is about a layer that FLUX.1 does not use; it has no effect", name, shown(text))
             continue
         if key is None:

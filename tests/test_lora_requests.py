@@ -1,5 +1,6 @@
 """LoRAs as a user meets them: named in a request to Cog's real server, seen in the picture, gone with the next one."""
 
+import inspect
 import io
 import itertools
 import tarfile
@@ -11,10 +12,13 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 from PIL import Image
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
+import predict
 from flux.models import load_flux
+from lora import names
+from lora.errors import LoraError
 from lora_loader import LoraLoader
 from settings import read_settings
 from tests.conftest import Server, failure, raw_data_url, same
@@ -214,3 +218,43 @@ def test_loras_stay_in_memory_within_its_bounds(
     one = len(as_file(subject)) * 1.2 / 1e9
     loader = LoraLoader(models, read_settings({**folder, "LORA_RAM_GB": str(one)}))
     assert origins(loader, a, b, b, a) == ["download", "download", "memory", "disk"]
+
+
+def test_a_new_dialect_is_one_entry_of_one_table(
+    environment: dict[str, str],
+    server: Server,
+    small: dict[str, Any],
+    style: Factors,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """From the request to the picture; neither prefix nor suffix nor one layer is called as anybody else calls it."""
+    acme = names.Dialect(
+        "Acme",
+        prefixes={"acme:": "transformer"},
+        layers={"block {}, image out": ("transformer_blocks.{}.attn.to_out.0",)},
+        suffixes={"down": "=in", "up": "=out", "alpha": "=alpha"},
+    )
+    suffixes = {".lora_A.weight": "=in", ".lora_B.weight": "=out", ".alpha": "=alpha"}
+    tensors = {}
+    for key, tensor in load(as_file(style)).items():
+        suffix = next(suffix for suffix in suffixes if key.endswith(suffix))
+        name = key.removeprefix("transformer.").removesuffix(suffix)
+        for i in (0, 1):
+            name = name.replace(f"transformer_blocks.{i}.attn.to_out.0", f"block {i}, image out")
+        tensors[f"acme:{name}{suffixes[suffix]}"] = tensor
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    predictor = predict.Predictor()
+    predictor.setup()
+    defaults = {name: one.default.default for name, one in inspect.signature(predictor.run).parameters.items()}
+    request = {**defaults, **small, "replicate_weights": raw_data_url(save(tensors), "application/octet-stream")}
+    with pytest.raises(LoraError, match="not a LoRA"):
+        predictor.run(**request)
+    monkeypatch.setattr(names, "DIALECTS", (*names.DIALECTS, acme))
+    with caplog.at_level("INFO"):
+        drawn = Image.open(predictor.run(**request)[0])
+    assert f"Acme, rank {RANK}" in caplog.text
+    assert same(drawn, server.pictures(**small, replicate_weights=as_reference(style))[0])
+    for folder in predictor.output_folders:
+        folder.cleanup()
