@@ -13,9 +13,8 @@ from safetensors import SafetensorError, safe_open
 
 from lora.errors import LoraError
 
-CONFIG_FILE = "adapter_config.json"  # what PEFT writes beside an adapter's weights
+CONFIG_FILE = "adapter_config.json"  # what PEFT writes beside an adapter; fetched files carry it in their metadata
 MOST_TENSORS = 50_000  # FLUX.1 has 1,500 parameters
-
 MOST_TEXT = 120  # characters of a key in one error
 
 Shape = tuple[int, ...]
@@ -41,7 +40,7 @@ class Header:
 
 
 def read_header(path: Path, name: str) -> Header:
-    """Raises `LoraError` unless `path` is a whole safetensors file, `FileNotFoundError` when there is no file.
+    """Raises `LoraError` unless `path` is a whole safetensors file.
 
     safetensors itself checks that: a bounded header, known dtypes, shapes and offsets that agree with each other and
     cover the file without gap or overlap.
@@ -54,8 +53,6 @@ def read_header(path: Path, name: str) -> Header:
             values = json.loads(file.read(length))
         metadata = values.pop("__metadata__", None) or {}
         entries = {key: Entry(one["dtype"], tuple(one["shape"]), *one["data_offsets"]) for key, one in values.items()}
-    except FileNotFoundError:
-        raise
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise LoraError(f"{name} is not a whole safetensors file ({_first_words(error)}).") from None
     if not entries:
