@@ -7,7 +7,6 @@ diffusers writes the configurations of all components into one entry of the meta
 import json
 import logging
 import math
-import re
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping
@@ -20,12 +19,12 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig
 from lora.errors import LoraError
 from lora.header import CONFIG_FILE
 from lora.names import TRANSFORMER, Key
+from lora.patterns import PatternError, Patterns
 
 log = logging.getLogger("flux-lora")
 
 DIFFUSERS_ENTRY = "lora_adapter_metadata"
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # the base of such an adapter is not FLUX.1's own
-MOST_QUANTIFIERS = 3  # in a pattern; more could take for ever to match
 
 
 class PeftConfigs:
@@ -66,13 +65,15 @@ class _Config:
             self._follow(config)
         except LoraError:
             raise
-        except (TypeError, ValueError, KeyError, AttributeError, ImportError, re.error) as error:
+        except PatternError as error:
+            raise LoraError(f"{self._about} is not understood: {error}.") from None
+        except (TypeError, ValueError, OverflowError, KeyError, AttributeError, ImportError, RecursionError) as error:
             raise LoraError(f"{self._about} is not understood ({type(error).__name__}).") from None
 
     def _follow(self, config: LoraConfig | LoKrConfig | LoHaConfig) -> None:
         self._rank = float(config.r)
         self._alpha = float(config.lora_alpha if isinstance(config, LoraConfig) else config.alpha)
-        self._ranks, self._alphas = _patterns(config.rank_pattern), _patterns(config.alpha_pattern)
+        self._ranks, self._alphas = Patterns(config.rank_pattern), Patterns(config.alpha_pattern)
         self._root = False
         if not isinstance(config, LoraConfig):
             return
@@ -93,10 +94,10 @@ class _Config:
     def scale(self, module: str, rank: int | None, alpha: float | None) -> float:
         """What the update of a module counts: alpha / rank, or with rank-stabilised LoRA alpha / sqrt(rank)
         (arXiv:2312.03732). The rank and the alpha of the tensors, where they show them, are to be its own."""
-        said = _match(self._ranks, module, self._rank)
+        said = self._ranks.value(module, self._rank)
         if rank is not None and rank != said:
             raise LoraError(f"{self._about} says rank {said:g} for {module}, which has {rank}.")
-        alpha = _match(self._alphas, module, self._alpha) if alpha is None else alpha
+        alpha = self._alphas.value(module, self._alpha) if alpha is None else alpha
         if not (math.isfinite(alpha) and alpha and 0 < said < math.inf):
             raise LoraError(f"{self._about} says alpha {alpha:g} and rank {said:g} for {module}.")
         return alpha / (math.sqrt(said) if self._root else said)
@@ -119,15 +120,3 @@ def _by_component(entry: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         component, dot, rest = field.rpartition(".")
         found[component if dot else TRANSFORMER][rest if dot else field] = value
     return found
-
-
-def _patterns(values: Mapping[str, Any] | None) -> list[tuple[re.Pattern[str], float]]:
-    """As PEFT reads them: a regular expression that a module's name, or its end after a dot, matches."""
-    for pattern in values or {}:
-        if len(re.findall(r"[*+?{]", pattern)) > MOST_QUANTIFIERS or re.search(r"\)[*+{]", pattern):
-            raise ValueError(pattern)
-    return [(re.compile(rf"(.*\.)?({pattern})$"), float(value)) for pattern, value in (values or {}).items()]
-
-
-def _match(patterns: list[tuple[re.Pattern[str], float]], module: str, otherwise: float) -> float:
-    return next((value for pattern, value in patterns if pattern.match(module)), otherwise)

@@ -20,6 +20,7 @@ from lycoris.modules.lokr import LokrModule
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
+from peft.utils.other import get_pattern_key
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
@@ -27,6 +28,7 @@ from fetch.sources import fetch_weights
 from lora.errors import LoraError
 from lora.formats import Adapter, read_lora
 from lora.names import Shapes
+from lora.patterns import PatternError, parse_pattern
 from lora.updates import LowRank
 from settings import read_settings
 from tests.lora_files import DIALECTS, KINDS, Base, FileModule, LoraFile, base_of, file_modules, make_lora, shapes_of
@@ -385,6 +387,32 @@ def test_peft_merges_the_same(name: str, way: str, models: Models, shapes: Shape
         torch.testing.assert_close(base("transformer", parameter) + difference, merged[parameter], rtol=1e-4, atol=1e-5)
 
 
+PATTERN_PARTS = ["to_q", "a", ".", r"\.", r"\d", r"\w", "[0-9]", "[^.]", "[ab]", "_", "1", "block", r"\-", "-"]
+PIECES = st.tuples(st.sampled_from(PATTERN_PARTS), st.sampled_from(["", "", "", "*", "+", "?", ".*"])).map("".join)
+TEXTS = st.lists(PIECES, max_size=3).map("".join)
+GROUPS = st.lists(TEXTS, min_size=1, max_size=3).map(lambda options: f"({'|'.join(options)})")
+PATTERN = st.tuples(st.sampled_from(["", "^"]), TEXTS, GROUPS | TEXTS, TEXTS, st.sampled_from(["", "$"])).map("".join)
+NAMES = st.text("ab1.-_q", max_size=8) | st.sampled_from(["block.1.to_q", "a.to_q", "to_q", "blocks.11.to_q"])
+
+
+@settings(max_examples=1500, deadline=None)
+@given(
+    patterns=st.lists(PATTERN | st.tuples(PATTERN, PATTERN).map("|".join), min_size=1, max_size=3),
+    names=st.lists(NAMES, min_size=1),
+)
+def test_patterns_match_as_in_peft(patterns: list[str], names: list[str]) -> None:
+    forms = {}
+    for pattern in patterns:
+        try:
+            forms[pattern] = parse_pattern(pattern)
+        except PatternError:
+            assert len(re.findall(r"[*?]", pattern)) > 5  # which makes too many forms of it
+            return
+    for name in names:
+        found = next((pattern for pattern in patterns if any(form.fits(name) for form in forms[pattern])), name)
+        assert found == get_pattern_key(patterns, name)
+
+
 def randomised_layers(model: torch.nn.Module) -> dict[str, BaseTunerLayer]:
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)}
     with torch.no_grad():
@@ -690,6 +718,12 @@ def test_a_lora_for_dev_says_so_to_schnell(shapes: Shapes, tmp_path: Path) -> No
         ({"r": "many"}, "is not understood"),
         ({"r": 4, "alpha_pattern": {"(a+)+": 1}}, "is not understood"),
         ({"r": 4, "alpha_pattern": {"[": 1}}, "is not understood"),
+        ({"r": 4, "rank_pattern": {r"(.|\w)" * 36 + "!": 8}}, r"is not understood: '\(\.\|.* is none"),
+        ({"r": 4, "rank_pattern": {".*.*.*.*.*.*.*.*": 8}}, "is not understood"),
+        ({"r": 4, "rank_pattern": {f".*{i}": 8 for i in range(999)}}, "is not understood: it has too many patterns"),
+        ({"r": 4, "rank_pattern": {"(" * 3000: 8}}, "is not understood"),
+        ({"r": 10**400}, "is not understood"),
+        ({"r": 4, "alpha_pattern": {"to_q": 10**400}}, "is not understood"),
         (["r"], "is not a JSON object"),
     ],
 )
