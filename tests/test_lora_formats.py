@@ -2,6 +2,7 @@
 
 import json
 import re
+import tracemalloc
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -27,6 +28,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from fetch.sources import fetch_weights
 from lora.errors import LoraError
 from lora.formats import Adapter, read_lora
+from lora.header import MOST_BYTES, MOST_TENSORS
 from lora.names import Shapes
 from lora.patterns import PatternError, parse_pattern
 from lora.updates import LowRank
@@ -625,6 +627,23 @@ def test_a_file_that_is_not_whole_is_refused(shapes: Shapes, tmp_path: Path) -> 
         path.write_bytes(damaged)
         with pytest.raises(LoraError, match=r"^it is not a whole safetensors file"):
             read_lora(path, shapes, "it")
+
+
+def test_a_header_that_is_too_large_is_not_parsed(tmp_path: Path) -> None:
+    """A million tensors take some ten seconds and a gigabyte; refusing them costs neither."""
+    path = tmp_path / "lora.safetensors"
+    entry = b'"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
+    for entries, padding, says in (
+        (MOST_TENSORS + 1, b"", f"it has {MOST_TENSORS + 1} tensors"),
+        (1, b" " * MOST_BYTES, "it has a header of 250000"),
+    ):
+        header = b"{" + b",".join(entry % i for i in range(entries)) + padding + b"}"
+        path.write_bytes(len(header).to_bytes(8, "little") + header)
+        tracemalloc.start()
+        with pytest.raises(LoraError, match=f"^{says}"):
+            read_lora(path, {}, "it")
+        assert tracemalloc.get_traced_memory()[1] < 3 * MOST_BYTES
+        tracemalloc.stop()
 
 
 PAIR = (".lora_A.weight", ".lora_B.weight")
