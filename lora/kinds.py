@@ -1,4 +1,4 @@
-"""The kinds of update that a LoRA file holds: which parts make one, of what shape, and how it is put together."""
+"""The kinds of update that a LoRA file holds: which parts make one, of what shape, and how it is built."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -58,7 +58,7 @@ def _kronecker(has: Mapping[str, Shape]) -> Shape | None:
 
 
 def _kronecker_rank(has: Mapping[str, Shape]) -> int | None:
-    """None where both sides are whole matrices; LyCORIS then has no scale."""
+    """None where neither side is a product: LyCORIS then has no scale."""
     factor = has.get("lokr_w2_b", has.get("lokr_w1_b"))
     return factor[0] if factor else None
 
@@ -109,23 +109,23 @@ def magnitude_fits(shape: Shape, weight: Shape) -> bool:
     return shape in ((weight[0],), (weight[0], 1), (1, *weight[1:]))
 
 
-def split(whole: Update, dora: tuple[Tensor, float] | None, names: tuple[str, ...], counts: list[int]) -> list[Update]:
+def split(update: Update, dora: tuple[Tensor, float] | None, names: tuple[str, ...], counts: list[int]) -> list[Update]:
     """The update of a weight [sum(counts), in], for each of the weights that it consists of.
 
     `dora` is a magnitude and the epsilon of its norms. A magnitude [1, in] belongs to norms over all the rows.
     """
     if len(counts) == 1 and dora is None:
-        return [whole]
+        return [update]
     updates: list[Update] = []
     start = 0
     for name, count in zip(names, counts, strict=True):
         rows = torch.arange(start, start + count)
-        part = whole if len(counts) == 1 else take_rows(whole, rows)
+        part = update if len(counts) == 1 else take_rows(update, rows)
         if dora is None:
             updates.append(part)
         elif dora[0].shape[0] == 1 != sum(counts):
             span = None if len(counts) == 1 else (start, start + count)
-            updates.append(Dora(whole, dora[0], names, span, dora[1]))
+            updates.append(Dora(update, dora[0], names, span, dora[1]))
         else:
             updates.append(Dora(part, dora[0].flatten()[rows][:, None], (name,), eps=dora[1]))
         start += count

@@ -99,7 +99,7 @@ _UNSUPPORTED = re.compile("|".join(UNSUPPORTED.values()))
 
 
 @dataclass(frozen=True)
-class Module:
+class Layer:
     """What a layer's name in a file stands for: layers of this model, whose rows in this order are its rows."""
 
     component: str
@@ -111,7 +111,7 @@ class Module:
 class Key:
     """A key of a file, understood."""
 
-    module: Module
+    layer: Layer
     part: str
     stem: str  # the key without its suffix
     name: str  # the layer's name in the file, without prefix
@@ -122,11 +122,7 @@ class Names:
     """Every name that a layer of this model may have in a LoRA file."""
 
     def __init__(self, shapes: Shapes) -> None:
-        self._own = {component: _own_names(component, tuple(named)) for component, named in shapes.items()}
-        self._dialects = {
-            component: [(dialect, _layers(dialect, component, tuple(named))) for dialect in DIALECTS]
-            for component, named in shapes.items()
-        }
+        self._spelled = {component: _spell(DIALECTS, component, tuple(named)) for component, named in shapes.items()}
 
     def understand(self, key: str) -> Key | None:
         """None for a key that no rule knows or whose layer this model does not have."""
@@ -134,22 +130,22 @@ class Names:
         if part is None:
             return None
         for component, name, by_prefix in _without_prefix(stem):
-            module, by_layer = self._find(component, name, by_prefix)
-            if module:
-                found = (dialect.name for dialect in (by_layer, by_suffix, *by_prefix) if dialect and dialect.name)
-                dialect = "PEFT" if PEFT_PREFIX in stem else next(found, "" if by_prefix else "bare")
-                return Key(module, part, stem, name, dialect)
+            if found := self._find(component, name, by_prefix):
+                layer, by_layer = found
+                writers = (one.name for one in (by_layer, by_suffix, *by_prefix) if one and one.name)
+                dialect = "PEFT" if PEFT_PREFIX in stem else next(writers, "" if by_prefix else "bare")
+                return Key(layer, part, stem, name, dialect)
         return None
 
-    def _find(self, component: str, name: str, by_prefix: tuple[Dialect, ...]) -> tuple[Module | None, Dialect | None]:
-        """The layer so called and the dialect that calls it so; first in the dialects that have the key's prefix."""
-        own, dialects = self._own.get(component, {}), self._dialects.get(component, [])
-        in_turn = [layers for layers in dialects if layers[0] in by_prefix] + [(None, own)] + dialects
-        for spelled in (name, name.replace(".processor.", ".")):  # as diffusers called attention's layers before PEFT
-            for dialect, layers in in_turn:
-                if spelled in layers:
-                    return layers[spelled], dialect
-        return None, None
+    def _find(self, component: str, name: str, by_prefix: tuple[Dialect, ...]) -> tuple[Layer, Dialect | None] | None:
+        """The layer so called and whose name it is: that of a dialect with the key's prefix, diffusers' own, any."""
+        spelled = self._spelled.get(component, {})
+        in_turn = [*by_prefix, None, *DIALECTS]
+        for one in (name, name.replace(".processor.", ".")):  # as diffusers called the layers of attention before PEFT
+            for dialect in in_turn:
+                if layer := spelled.get(dialect, {}).get(one):
+                    return layer, dialect
+        return None
 
 
 def is_adapter_key(key: str) -> bool:
@@ -209,34 +205,34 @@ def _prefixes(dialects: tuple[Dialect, ...]) -> dict[str, tuple[str, tuple[Diale
 
 
 @lru_cache(maxsize=8)  # dev and schnell differ; each is asked for with every file
-def _own_names(component: str, parameters: tuple[str, ...]) -> Mapping[str, Module]:
-    """Every spelling of the names that diffusers and transformers themselves give the layers of a component."""
-    modules = dict.fromkeys(name.rpartition(".")[0] for name in parameters)
-    named = {name: Module(component, (name,)) for name in modules}
+def _spell(
+    dialects: tuple[Dialect, ...], component: str, parameters: tuple[str, ...]
+) -> Mapping[Dialect | None, Mapping[str, Layer]]:
+    """Every spelling of the name of every layer that a component has, by whose name it is; None: diffusers' own."""
+    ours = dict.fromkeys(name.rpartition(".")[0] for name in parameters)
+    blocks = 1 + max((int(number) for name in ours for number in re.findall(r"\.(\d+)\.", name)), default=0)
+    spelled: dict[Dialect | None, dict[str, Layer]] = {None: _own_names(component, ours)}
+    for dialect in dialects:
+        spelled[dialect] = {
+            layer.format(index): Layer(component, names, swapped=layer in dialect.swapped)
+            for layer, rows in dialect.layers.items()
+            for index in range(blocks if "{}" in layer else 1)
+            if ours.keys() >= set(names := tuple(name.format(index) for name in rows))
+        }
+    for named in spelled.values():
+        named |= {name.replace(".", "_"): layer for name, layer in named.items()}
+    return spelled
+
+
+def _own_names(component: str, ours: Mapping[str, None]) -> dict[str, Layer]:
+    """The names that diffusers and transformers give the layers of a component, in any of their versions."""
+    named = {name: Layer(component, (name,)) for name in ours}
     if component == TRANSFORMER:
-        named |= {name.removesuffix(".0"): named[name] for name in modules if name.endswith(".to_out.0")}
+        named |= {name.removesuffix(".0"): named[name] for name in ours if name.endswith(".to_out.0")}
     elif component == CLIP:  # transformers 5 took a level out of its names
-        short = {name.removeprefix("text_model."): module for name, module in named.items()}
-        short |= {re.sub(r"attn\.(\w+)_proj$", r"attn.to_\1", name): module for name, module in short.items()}
-        named = short | {f"text_model.{name}": module for name, module in short.items()}
+        short = {name.removeprefix("text_model."): layer for name, layer in named.items()}
+        short |= {re.sub(r"attn\.(\w+)_proj$", r"attn.to_\1", name): layer for name, layer in short.items()}
+        named = short | {f"text_model.{name}": layer for name, layer in short.items()}
     elif "shared" in named:  # one tensor under two names
         named["encoder.embed_tokens"] = named["shared"]
-    return _with_underscores(named)
-
-
-@lru_cache(maxsize=64)
-def _layers(dialect: Dialect, component: str, parameters: tuple[str, ...]) -> Mapping[str, Module]:
-    """Every spelling of the names that a dialect itself gives the layers of a component."""
-    modules = {name.rpartition(".")[0] for name in parameters}
-    blocks = 1 + max((int(number) for name in modules for number in re.findall(r"\.(\d+)\.", name)), default=0)
-    named: dict[str, Module] = {}
-    for layer, ours in dialect.layers.items():
-        for index in range(blocks if "{}" in layer else 1):
-            names = tuple(name.format(index) for name in ours)
-            if all(name in modules for name in names):
-                named[layer.format(index)] = Module(component, names, swapped=layer in dialect.swapped)
-    return _with_underscores(named)
-
-
-def _with_underscores(named: Mapping[str, Module]) -> dict[str, Module]:
-    return {**named, **{name.replace(".", "_"): module for name, module in named.items()}}
+    return named

@@ -1,4 +1,4 @@
-"""How much of an adapter counts, as PEFT's own configuration says.
+"""The scale of an adapter's updates, as its PEFT configuration gives it.
 
 PEFT writes an adapter_config.json beside the weights; a fetched file carries it in its metadata, under that name.
 diffusers writes the configurations of all components into one entry of the metadata.
@@ -17,7 +17,7 @@ from typing import Any
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig
 
 from lora.errors import LoraError
-from lora.header import CONFIG_FILE
+from lora.header import CONFIG_FILE, shown
 from lora.names import TRANSFORMER, Key
 from lora.patterns import PatternError, Patterns
 
@@ -28,22 +28,22 @@ CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # the base of
 
 
 class PeftConfigs:
-    """What a file's configurations, if it has any, say. Raises `LoraError` for one that cannot be followed."""
+    """The configurations in a file's metadata. Raises `LoraError` for one that cannot be followed."""
 
     def __init__(self, metadata: Mapping[str, str], name: str) -> None:
         self._metadata, self._name = metadata, name
 
     def of(self, key: Key) -> "_Config | None":
-        """The configuration that was in force where the key was written."""
+        """The configuration with which the layer of this key was trained, where the file has it."""
         if key.dialect == "PEFT" and self._of_adapter:
             return self._of_adapter
-        return self._of_components.get(key.module.component)
+        return self._of_components.get(key.layer.component)
 
     @cached_property
     def _of_adapter(self) -> "_Config | None":
         text = self._metadata.get(CONFIG_FILE)
         if text is None:
-            log.info("%s: it came without an %s; where it names no alpha, that is the rank", self._name, CONFIG_FILE)
+            log.info("%s came without an %s: a layer without an alpha has its rank as alpha", self._name, CONFIG_FILE)
             return None
         return _Config(_parse(text, CONFIG_FILE, self._name), self._name)
 
@@ -54,6 +54,8 @@ class PeftConfigs:
 
 
 class _Config:
+    """One configuration, as far as the scale of updates depends on it."""
+
     def __init__(self, values: Mapping[str, Any], name: str) -> None:
         self._about = f"{name}: its PEFT configuration"
         try:
@@ -62,7 +64,7 @@ class _Config:
                 config = PeftConfig.from_peft_type(**{"peft_type": "LORA", **values})  # type: ignore[no-untyped-call]
             if not isinstance(config, LoraConfig | LoKrConfig | LoHaConfig):
                 raise LoraError(f"{self._about} is for {values.get('peft_type')}, which is not supported.")
-            self._follow(config)
+            self._read(config)
         except LoraError:
             raise
         except PatternError as error:
@@ -70,19 +72,19 @@ class _Config:
         except (TypeError, ValueError, OverflowError, KeyError, AttributeError, ImportError, RecursionError) as error:
             raise LoraError(f"{self._about} is not understood ({type(error).__name__}).") from None
 
-    def _follow(self, config: LoraConfig | LoKrConfig | LoHaConfig) -> None:
+    def _read(self, config: LoraConfig | LoKrConfig | LoHaConfig) -> None:
         self._rank = float(config.r)
         self._alpha = float(config.lora_alpha if isinstance(config, LoraConfig) else config.alpha)
         self._ranks, self._alphas = Patterns(config.rank_pattern), Patterns(config.alpha_pattern)
-        self._root = False
+        self._rank_stabilised = False
         if not isinstance(config, LoraConfig):
             return
-        self._root = bool(config.use_rslora)
+        self._rank_stabilised = bool(config.use_rslora)
         start = config.init_lora_weights
         if isinstance(start, str) and start.lower().startswith(CHANGE_THE_BASE):
             raise LoraError(
-                f"{self._about} starts from {start!r}, which changes the base model as well: save the adapter with "
-                "PEFT's path_initial_model_for_weight_conversion."
+                f"{self._about} starts from {shown(start)!r}, which changes the base model as well: save the adapter "
+                "with PEFT's path_initial_model_for_weight_conversion."
             )
         variants = [
             one.name for one in fields(config) if one.metadata.get("is_lora_variant") and one.name != "use_dora"
@@ -91,16 +93,20 @@ class _Config:
         if used or start == "mica":
             raise LoraError(f"{self._about} uses {', '.join(used) or start}, which is not supported.")
 
-    def scale(self, module: str, rank: int | None, alpha: float | None) -> float:
-        """What the update of a module counts: alpha / rank, or with rank-stabilised LoRA alpha / sqrt(rank)
-        (arXiv:2312.03732). The rank and the alpha of the tensors, where they show them, are to be its own."""
-        said = self._ranks.value(module, self._rank)
+    def scale(self, layer: str, rank: int | None, alpha: float | None) -> float:
+        """By what the update of a layer is multiplied: alpha / rank, or alpha / sqrt(rank) with rank-stabilised LoRA
+        (arXiv:2312.03732).
+
+        `rank` and `alpha` are those of the tensors, None where they have none. Raises `LoraError` where the rank is not
+        that of the configuration.
+        """
+        said = self._ranks.value(layer, self._rank)
         if rank is not None and rank != said:
-            raise LoraError(f"{self._about} says rank {said:g} for {module}, which has {rank}.")
-        alpha = self._alphas.value(module, self._alpha) if alpha is None else alpha
+            raise LoraError(f"{self._about} says rank {said:g} for {layer}, which has {rank}.")
+        alpha = self._alphas.value(layer, self._alpha) if alpha is None else alpha
         if not (math.isfinite(alpha) and alpha and 0 < said < math.inf):
-            raise LoraError(f"{self._about} says alpha {alpha:g} and rank {said:g} for {module}.")
-        return alpha / (math.sqrt(said) if self._root else said)
+            raise LoraError(f"{self._about} says alpha {alpha:g} and rank {said:g} for {layer}.")
+        return alpha / (math.sqrt(said) if self._rank_stabilised else said)
 
 
 def _parse(text: str, what: str, name: str) -> dict[str, Any]:

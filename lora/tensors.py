@@ -16,11 +16,11 @@ FLOATS = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-WHOLE_NUMBERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
-DTYPES = FLOATS | WHOLE_NUMBERS
+INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+DTYPES = FLOATS | INTEGERS
 
 BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
-NOT_FINITE = {  # the bits of the smallest positive value that is no number; all above are none either
+NOT_FINITE = {  # the bits of infinity, or of NaN where there is no infinity; larger ones are no finite numbers either
     torch.float64: 0x7FF0_0000_0000_0000,
     torch.float32: 0x7F80_0000,
     torch.float16: 0x7C00,
@@ -55,8 +55,11 @@ def _view(data: Tensor, entry: Entry) -> Tensor:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether there is neither an infinity nor a NaN in it: by its bits, which numpy reads at memory's speed and in
-    this thread, where torch would start a team of threads for each of a thousand tensors."""
+    """Whether no element is an infinity or a NaN.
+
+    The bits say so, which numpy reads at memory's speed and in this thread; torch would start a team of threads for
+    each of a thousand tensors.
+    """
     first = NOT_FINITE[tensor.dtype]
     bits = tensor.reshape(-1).view(BITS[tensor.dtype.itemsize]).numpy()
     return bits.size == 0 or bool(

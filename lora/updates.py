@@ -1,8 +1,8 @@
 """What a LoRA does to one weight: the kinds of update there are, and the difference that each makes.
 
-Every kind is a function of the pristine weight W and gives `difference`: what it adds to W at strength 1, float32.
-At strength s the weight is W + s * difference, for several LoRAs W + the sum of theirs, each computed from W alone.
-Factors keep the dtype of their file; they are computed with in float32, on the device that they are on.
+`difference` is what an update adds at strength 1 to the pristine weight W, in float32. At strength s the weight is
+W + s * difference; for several LoRAs it is W + the sum of theirs, each computed from W alone. Factors keep the dtype of
+their file, and are computed with in float32 on the device that they are on.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,8 +15,8 @@ from torch import Tensor
 Base: TypeAlias = Callable[[str], Tensor]  # a parameter's name -> its pristine value, any float dtype
 
 
-class _Factors:
-    """What the kinds of update have in common: they are made of tensors."""
+class _Tensors:
+    """What the kinds of update have in common: they consist of tensors."""
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -41,7 +41,7 @@ class _Factors:
         def changed(value: Any) -> Any:
             if isinstance(value, Tensor):
                 return change(value)
-            if isinstance(value, _Factors):
+            if isinstance(value, _Tensors):
                 return value._map(change)
             return tuple(map(changed, value)) if isinstance(value, tuple) else value
 
@@ -49,7 +49,7 @@ class _Factors:
 
 
 @dataclass(frozen=True)
-class LowRank(_Factors):
+class LowRank(_Tensors):
     """scale * up @ down (LoRA, arXiv:2106.09685) for up [out, rank], down [rank, in]; scale is alpha / rank or so."""
 
     up: Tensor
@@ -61,7 +61,7 @@ class LowRank(_Factors):
 
 
 @dataclass(frozen=True)
-class Kronecker(_Factors):
+class Kronecker(_Tensors):
     """scale * kron(w1, w2), or some rows of it (LoKr, arXiv:2309.14859). A factor is a matrix or a product of two."""
 
     w1: tuple[Tensor, ...]  # [a, b], or [a, rank] and [rank, b]
@@ -78,7 +78,7 @@ class Kronecker(_Factors):
 
 
 @dataclass(frozen=True)
-class Hadamard(_Factors):
+class Hadamard(_Tensors):
     """scale * (w1_a @ w1_b) * (w2_a @ w2_b), elementwise (LoHa, arXiv:2108.06098): [out, rank] and [rank, in] each."""
 
     w1_a: Tensor
@@ -93,7 +93,7 @@ class Hadamard(_Factors):
 
 
 @dataclass(frozen=True)
-class Full(_Factors):
+class Full(_Tensors):
     """The difference itself: [out, in] of a weight, [out] of a bias or a norm's scale."""
 
     value: Tensor
@@ -103,17 +103,17 @@ class Full(_Factors):
 
 
 @dataclass(frozen=True)
-class Dora(_Factors):
+class Dora(_Tensors):
     """V = W + inner; the new weight is magnitude * V / norm(V) (DoRA, arXiv:2402.09353).
 
     A magnitude [out, 1] belongs to norms along the rows; [1, in] to norms along the columns, which run over all the
-    weights that were one when the file was trained: `whole` names those, in order, and `rows` says which rows of them
-    this weight is. `inner` is an update of the whole.
+    weights that were one when the file was trained. `fused` names those, in order; `inner` updates their rows, one
+    below the other, and `rows` says which of them are this weight's.
     """
 
     inner: "Update"
     magnitude: Tensor
-    whole: tuple[str, ...]  # parameter names; their rows, one after the other, are what `inner` updates
+    fused: tuple[str, ...]  # parameter names
     rows: tuple[int, int] | None = None  # first and one past the last; None: all
     eps: float = 0.0  # added to the norms, as LyCORIS does
 
@@ -122,7 +122,7 @@ class Dora(_Factors):
         return self.whole
 
     def difference(self, base: Base) -> Tensor:
-        weight = torch.cat([base(name).float() for name in self.whole])
+        weight = torch.cat([base(name).float() for name in self.fused])
         start, stop = self.rows or (0, len(weight))
         new = weight + self.inner.difference(base)
         along = 1 if self.magnitude.shape[1] == 1 else 0
@@ -141,7 +141,7 @@ def _product(factors: Sequence[Tensor]) -> Tensor:
 
 
 def rank_of(update: Update) -> int | None:
-    """The rank for the log; None where the kind has none."""
+    """For the log; None where the kind has none."""
     match update:
         case LowRank():
             return update.down.shape[0]
@@ -153,7 +153,7 @@ def rank_of(update: Update) -> int | None:
 
 
 def take_rows(update: Update, rows: Tensor) -> Update:
-    """The update of some rows of what `update` is for, in the order of `rows`, int64; views where they are a range."""
+    """The update of some rows of the weight that `update` is for; `rows` is int64, and views are made of a range."""
     match update:
         case LowRank():
             return replace(update, up=_rows_of(update.up, rows))
@@ -170,5 +170,5 @@ def _rows_of(tensor: Tensor, rows: Tensor) -> Tensor:
     first, count = int(rows[0]), len(rows)
     if torch.equal(rows, torch.arange(first, first + count)):
         return tensor[first : first + count]
-    whole = tensor.contiguous().view(torch.uint8) if tensor.element_size() == 1 else tensor  # no float8 gather
-    return whole[rows].view(tensor.dtype)
+    source = tensor.contiguous().view(torch.uint8) if tensor.element_size() == 1 else tensor  # no float8 gather
+    return source[rows].view(tensor.dtype)

@@ -15,7 +15,7 @@ Base = Callable[[str, str], Tensor]  # component, parameter's name -> its pristi
 Difference = Callable[[Base], Tensor]  # float64
 
 DIALECTS = ("diffusers", "PEFT", "ComfyUI", "kohya", "OneTrainer", "XLabs", "LyCORIS", "bare")
-KINDS = ("lora", "lokr", "lokr_whole", "lokr_both", "loha", "diff", "dora_out", "dora_in", "dora_peft")
+KINDS = ("lora", "lokr", "lokr_full", "lokr_both", "loha", "diff", "dora_out", "dora_in", "dora_peft")
 
 
 @dataclass
@@ -197,11 +197,11 @@ def _add(file: LoraFile, module: FileModule, how: _Writing) -> None:
         magnitude = magnitude.double().reshape(-1, 1) if how.kind == "dora_peft" else magnitude.double()
     file.tensors |= {f"{module.stem}.{part}": tensor for part, tensor in parts.items()}
 
-    def whole(base: Base) -> Tensor:
+    def all_rows(base: Base) -> Tensor:
         """The difference of all rows, in the order of the model."""
         swap = _swap if module.swapped else torch.clone
         delta = _unscaled(how, parts)
-        if "alpha" in parts and how.kind != "lokr_whole":
+        if "alpha" in parts and how.kind != "lokr_full":
             delta = delta * parts["alpha"].double() / how.rank
         if magnitude is None:
             return swap(delta)
@@ -212,7 +212,7 @@ def _add(file: LoraFile, module: FileModule, how: _Writing) -> None:
 
     for i, weight in enumerate(weights):
         rows = slice(sum(counts[:i]), sum(counts[: i + 1]))
-        file.makes[module.component, weight] = lambda base, rows=rows: whole(base)[rows]
+        file.makes[module.component, weight] = lambda base, rows=rows: all_rows(base)[rows]
 
 
 def _parts(how: _Writing, out: int, width: int) -> dict[str, Tensor]:

@@ -278,7 +278,7 @@ def test_what_flux_does_not_use_is_left_out_aloud(
     assert f"{key} is about a layer that FLUX.1 does not use" in caplog.text
 
 
-def test_whole_differences_that_ai_toolkit_names_as_factors(shapes: Shapes, base: Base, read: Read) -> None:
+def test_full_differences_that_ai_toolkit_names_as_factors(shapes: Shapes, base: Base, read: Read) -> None:
     file = make_lora(shapes, "ComfyUI", "diff", only="blocks")
     file.tensors = {key.replace(".diff", ".lora_A.weight"): tensor for key, tensor in file.tensors.items()}
     assert_makes(read(file), file, base)
@@ -344,7 +344,7 @@ PEFT_CONFIGS = {
     "DoRA": LoraConfig(r=4, lora_alpha=2, target_modules=TARGETS, use_dora=True, **PATTERNS),
     "biases": LoraConfig(r=4, lora_alpha=2, target_modules=TARGETS, lora_bias=True),
     "LoKr": LoKrConfig(r=4, alpha=2, target_modules=TARGETS),
-    "whole LoKr": LoKrConfig(r=64, alpha=16, target_modules=TARGETS),
+    "LoKr, no products": LoKrConfig(r=64, alpha=16, target_modules=TARGETS),
     "LoHa": LoHaConfig(r=4, alpha=2, target_modules=TARGETS, **PATTERNS),
 }
 
@@ -429,7 +429,7 @@ LYCORIS = {
     "LoCon": (LoConModule, {"lora_dim": 2, "alpha": 1}),
     "LoKr": (LokrModule, {"lora_dim": 2, "alpha": 1, "factor": 4}),
     "LoKr, both sides factored": (LokrModule, {"lora_dim": 1, "alpha": 3, "factor": 4, "decompose_both": True}),
-    "LoKr, whole matrices": (LokrModule, {"lora_dim": 9, "alpha": 2, "factor": 2, "full_matrix": True}),
+    "LoKr, no products": (LokrModule, {"lora_dim": 9, "alpha": 2, "factor": 2, "full_matrix": True}),
     "LoCon, rank-stabilised": (LoConModule, {"lora_dim": 2, "alpha": 1, "rs_lora": True}),
     "LoHa": (LohaModule, {"lora_dim": 2, "alpha": 1}),
 }
@@ -528,9 +528,9 @@ def test_a_damaged_file_is_refused_or_right(data: st.DataObject, shapes: Shapes,
         lora = read(file)
     except LoraError:
         return
-    whole_update_gone = damage == "drop" and kind == "diff"
+    update_is_gone = damage == "drop" and kind == "diff"
     found = differences(lora, base)
-    assert found.keys() == file.makes.keys() or whole_update_gone
+    assert found.keys() == file.makes.keys() or update_is_gone
     for where, difference in found.items():
         torch.testing.assert_close(difference.double(), file.makes[where](base), rtol=1e-4, atol=2e-5)
 
@@ -566,8 +566,8 @@ def test_an_alpha_that_means_nothing_is_refused(alpha: float, shapes: Shapes, re
 
 
 def test_an_alpha_without_a_meaning_is_not_looked_at(shapes: Shapes, base: Base, read: Read) -> None:
-    """ai-toolkit writes 9999999999 beside whole LoKr matrices, which is infinite in float16."""
-    file = make_lora(shapes, "LyCORIS", "lokr_whole", only=SOME)
+    """ai-toolkit writes 9999999999 beside LoKr matrices that are no products, which is infinite in float16."""
+    file = make_lora(shapes, "LyCORIS", "lokr_full", only=SOME)
     assert_makes(read(with_parts(file, alpha=torch.tensor(9999999999.0).half())), file, base)
 
 
