@@ -26,47 +26,16 @@ class Dialect:
     """How one program writes keys. What all dialects have is understood in any combination, since programs mix."""
 
     name: str  # of the program, for the log; "" where several write so
-    prefixes: Mapping[str, str] = field(default_factory=dict)  # -> component
-    layers: Layers = field(default_factory=dict)
+    prefixes: Mapping[str, str] = field(default_factory=dict)  # what a key begins with -> its component
+    layers: Layers = field(default_factory=dict)  # what it calls layers; {} is a block's index
     swapped: tuple[str, ...] = ()  # those of `layers` that have the second half of their rows first
-    suffixes: Mapping[str, str] = field(default_factory=dict)  # part of an update -> regular expression
+    suffixes: Mapping[str, str] = field(default_factory=dict)  # a part of an update -> regular expression
 
 
 _ADAPTER = r"(\.[^.]+)?"  # PEFT's name of the adapter, as in "lora_A.default.weight"
 
-# What is tried first stands first.
+# A new dialect is a new entry. Where several have the same prefix, the log names the first of them.
 DIALECTS: tuple[Dialect, ...] = (
-    Dialect(  # github.com/XLabs-AI/x-flux trains attention alone and names it after the processors that it puts in
-        "XLabs",
-        layers={
-            "double_blocks.{}.processor.qkv_lora1": ORIGINAL["double_blocks.{}.img_attn.qkv"],
-            "double_blocks.{}.processor.qkv_lora2": ORIGINAL["double_blocks.{}.txt_attn.qkv"],
-            "double_blocks.{}.processor.proj_lora1": ORIGINAL["double_blocks.{}.img_attn.proj"],
-            "double_blocks.{}.processor.proj_lora2": ORIGINAL["double_blocks.{}.txt_attn.proj"],
-            "single_blocks.{}.processor.qkv_lora": ORIGINAL["single_blocks.{}.linear1_qkv"],
-            "single_blocks.{}.processor.proj_lora": ORIGINAL["single_blocks.{}.linear2"],
-        },
-        suffixes={
-            part: rf"((?<=\.processor\.qkv_lora)|(?<=\.processor\.proj_lora)|(?<=_lora[12]))\.{part}\.weight"
-            for part in ("down", "up")
-        },
-    ),
-    Dialect("kohya", prefixes={"lora_unet_": TRANSFORMER, "lora_te3_": T5}),
-    Dialect("OneTrainer", prefixes={"lora_transformer_": TRANSFORMER, "lora_te2_": T5}),
-    Dialect("LyCORIS", prefixes={"lycoris_": TRANSFORMER}),
-    Dialect(
-        "ComfyUI",
-        prefixes={
-            "model.diffusion_model.": TRANSFORMER,
-            "diffusion_model.": TRANSFORMER,
-            "text_encoders.clip_l.transformer.": CLIP,
-            "text_encoders.t5xxl.transformer.": T5,
-        },
-    ),
-    Dialect(
-        "diffusers",
-        prefixes={"transformer.": TRANSFORMER, "unet.": TRANSFORMER, "text_encoder.": CLIP, "text_encoder_2.": T5},
-    ),
     Dialect(
         "",
         prefixes={"lora_te1_": CLIP, "lora_te_": CLIP},
@@ -86,6 +55,37 @@ DIALECTS: tuple[Dialect, ...] = (
             "diff_b": r"\.diff_b|\.b_norm",
             "embedding_down": rf"\.lora_embedding_A{_ADAPTER}",
             "embedding_up": rf"\.lora_embedding_B{_ADAPTER}",
+        },
+    ),
+    Dialect(
+        "diffusers",
+        prefixes={"transformer.": TRANSFORMER, "unet.": TRANSFORMER, "text_encoder.": CLIP, "text_encoder_2.": T5},
+    ),
+    Dialect(
+        "ComfyUI",
+        prefixes={
+            "model.diffusion_model.": TRANSFORMER,
+            "diffusion_model.": TRANSFORMER,
+            "text_encoders.clip_l.transformer.": CLIP,
+            "text_encoders.t5xxl.transformer.": T5,
+        },
+    ),
+    Dialect("kohya", prefixes={"lora_unet_": TRANSFORMER, "lora_te3_": T5}),
+    Dialect("OneTrainer", prefixes={"lora_transformer_": TRANSFORMER, "lora_te2_": T5}),
+    Dialect("LyCORIS", prefixes={"lycoris_": TRANSFORMER}),
+    Dialect(  # github.com/XLabs-AI/x-flux trains attention alone and names it after the processors that it puts in
+        "XLabs",
+        layers={
+            "double_blocks.{}.processor.qkv_lora1": ORIGINAL["double_blocks.{}.img_attn.qkv"],
+            "double_blocks.{}.processor.qkv_lora2": ORIGINAL["double_blocks.{}.txt_attn.qkv"],
+            "double_blocks.{}.processor.proj_lora1": ORIGINAL["double_blocks.{}.img_attn.proj"],
+            "double_blocks.{}.processor.proj_lora2": ORIGINAL["double_blocks.{}.txt_attn.proj"],
+            "single_blocks.{}.processor.qkv_lora": ORIGINAL["single_blocks.{}.linear1_qkv"],
+            "single_blocks.{}.processor.proj_lora": ORIGINAL["single_blocks.{}.linear2"],
+        },
+        suffixes={
+            part: rf"((?<=\.processor\.qkv_lora)|(?<=\.processor\.proj_lora)|(?<=_lora[12]))\.{part}\.weight"
+            for part in ("down", "up")
         },
     ),
 )
@@ -176,9 +176,10 @@ def _split(key: str) -> tuple[str, str | None, Dialect | None]:
 
 @lru_cache(maxsize=2)
 def _suffixes(dialects: tuple[Dialect, ...]) -> list[tuple[Dialect, str, re.Pattern[str]]]:
+    """In the order in which they are tried: a program's own before those that several write."""
     return [
         (dialect, part, re.compile(f"(?:{suffix})$"))
-        for dialect in dialects
+        for dialect in sorted(dialects, key=lambda one: one.name == "")
         for part, suffix in dialect.suffixes.items()
     ]
 
