@@ -73,6 +73,17 @@ DIALECTS: tuple[Dialect, ...] = (
     Dialect("kohya", prefixes={"lora_unet_": TRANSFORMER, "lora_te3_": T5}),
     Dialect("OneTrainer", prefixes={"lora_transformer_": TRANSFORMER, "lora_te2_": T5}),
     Dialect("LyCORIS", prefixes={"lycoris_": TRANSFORMER}),
+    Dialect(  # github.com/filipstrand/mflux, up to 0.15
+        "mflux",
+        prefixes={"transformer.": TRANSFORMER},
+        layers={
+            "transformer_blocks.{}.ff.linear1": ("transformer_blocks.{}.ff.net.0.proj",),
+            "transformer_blocks.{}.ff.linear2": ("transformer_blocks.{}.ff.net.2",),
+            "transformer_blocks.{}.ff_context.linear1": ("transformer_blocks.{}.ff_context.net.0.proj",),
+            "transformer_blocks.{}.ff_context.linear2": ("transformer_blocks.{}.ff_context.net.2",),
+        },
+        suffixes={"down": r"\.lora_A", "up": r"\.lora_B"},
+    ),
     Dialect(  # github.com/XLabs-AI/x-flux trains attention alone and names it after the processors that it puts in
         "XLabs",
         layers={

@@ -209,6 +209,33 @@ def test_names_that_older_and_other_programs_write(
     assert_makes(read(file), file, base)
 
 
+WRITTEN = {  # by which program -> names that are written as a dialect above, and what is different
+    "mflux": (
+        r"diffusers: transformer\S*blocks",
+        {
+            r"\.ff(_context)?\.net\.0\.proj": r".ff\1.linear1",
+            r"\.ff(_context)?\.net\.2": r".ff\1.linear2",
+            r"\.weight$": "",
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("program", WRITTEN)
+def test_names_that_one_program_writes(program: str, shapes: Shapes, base: Base, read: Read) -> None:
+    written, renamed = WRITTEN[program]
+    dialect, _, only = written.partition(": ")
+    file = make_lora(shapes, dialect, only=only)
+    for pattern, by in renamed.items():
+        keys = {re.sub(pattern, by, key): tensor for key, tensor in file.tensors.items()}
+        assert keys.keys() != file.tensors.keys()
+        assert len(keys) == len(file.tensors)
+        file.tensors = keys
+    lora = read(file)
+    assert lora.dialect == program
+    assert_makes(lora, file, base)
+
+
 def test_biases_norms_and_embeddings(base: Base, read: Read) -> None:
     draw = torch.Generator().manual_seed(0)
     ups = {"a": torch.randn(48, 2, generator=draw), "b": torch.randn(32, 2, generator=draw)}
