@@ -98,17 +98,17 @@ def _updates(
         update, dora = kind.build(parts, scale), None
         if part := magnitude_of(parts):
             dora = parts[part], (LYCORIS_EPS if part == "dora_scale" else 0.0)
-        if layer.swapped:
+        if layer.swapped == "rows" or (layer.swapped == "lora_up" and "up" in parts):
             order = torch.arange(sum(counts)).roll(sum(counts) // 2)
             update = take_rows(update, order)
-            if dora and dora[0].shape[0] > 1:
+            if dora and layer.swapped == "rows" and dora[0].shape[0] > 1:
                 dora = dora[0][order], dora[1]
         yield from zip(weights, split(update, dora, tuple(weights), counts), strict=True)
     for part in ("diff_b", "up_bias"):
         if part in parts:
             value = parts[part] if part == "diff_b" else parts[part].float() * scale
             counts = [parameters[bias][0] for bias in biases]
-            bias = Full(value.float().roll(len(value) // 2) if layer.swapped else value)
+            bias = Full(value.float().roll(len(value) // 2) if layer.swapped == "rows" else value)
             yield from zip(biases, split(bias, None, tuple(biases), counts), strict=True)
 
 

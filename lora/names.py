@@ -10,11 +10,13 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Literal
 
 from lora.header import Shape
 from lora.original import ORIGINAL
 
 Shapes = Mapping[str, Mapping[str, Shape]]  # component -> parameter name -> shape, of the model at hand
+Swapped = Literal["rows", "lora_up"]  # the second half of all rows is first, or of lora_up's alone
 Layers = Mapping[str, tuple[str, ...]]  # a layer's name -> the layers of this model whose rows, in order, are its rows
 
 TRANSFORMER, CLIP, T5 = "transformer", "text_encoder", "text_encoder_2"  # diffusers' names of the components
@@ -28,7 +30,7 @@ class Dialect:
     name: str  # of the program, for the log; "" where several write so
     prefixes: Mapping[str, str] = field(default_factory=dict)  # what a key begins with -> its component
     layers: Layers = field(default_factory=dict)  # what it calls layers; {} is a block's index
-    swapped: tuple[str, ...] = ()  # those of `layers` that have the second half of their rows first
+    swapped: Mapping[str, Swapped] = field(default_factory=dict)  # which of `layers` have their second half first
     suffixes: Mapping[str, str] = field(default_factory=dict)  # a part of an update -> regular expression
 
 
@@ -40,7 +42,7 @@ DIALECTS: tuple[Dialect, ...] = (
         "",
         prefixes={"lora_te1_": CLIP, "lora_te_": CLIP},
         layers=ORIGINAL,
-        swapped=("final_layer.adaLN_modulation.1",),  # shift before scale, where diffusers has scale before shift
+        swapped={"final_layer.adaLN_modulation.1": "rows"},  # shift before scale; diffusers has scale before shift
         suffixes={
             "down": rf"\.lora_A{_ADAPTER}\.weight|\.lora_down\.weight|[._]lora(_linear_layer)?\.down\.weight",
             "up": rf"\.lora_B{_ADAPTER}\.weight|\.lora_up\.weight|[._]lora(_linear_layer)?\.up\.weight",
@@ -71,7 +73,25 @@ DIALECTS: tuple[Dialect, ...] = (
         },
     ),
     Dialect("kohya", prefixes={"lora_unet_": TRANSFORMER, "lora_te3_": T5}),
-    Dialect("OneTrainer", prefixes={"lora_transformer_": TRANSFORMER, "lora_te2_": T5}),
+    Dialect(  # github.com/Nerogar/OneTrainer; the dotted prefixes are those of its "OMI" files and of its backups
+        "OneTrainer",
+        prefixes={
+            "lora_transformer_": TRANSFORMER,
+            "lora_te2_": T5,
+            "transformer.": TRANSFORMER,
+            "clip_l.": CLIP,
+            "t5.": T5,
+        },
+        layers={
+            **ORIGINAL,
+            "img_in.proj": ORIGINAL["img_in"],
+            **{f"{name}.{i}": (row,) for name, rows in ORIGINAL.items() if len(rows) > 1 for i, row in enumerate(rows)},
+            "transformer_blocks.{}.attn.qkv": ORIGINAL["double_blocks.{}.img_attn.qkv"],
+            "transformer_blocks.{}.attn.added_qkv": ORIGINAL["double_blocks.{}.txt_attn.qkv"],
+            "single_transformer_blocks.{}.qkv_mlp": ORIGINAL["single_blocks.{}.linear1"],
+        },
+        swapped={"final_layer.adaLN_modulation.1": "lora_up"},
+    ),
     Dialect("LyCORIS", prefixes={"lycoris_": TRANSFORMER}),
     Dialect(  # github.com/filipstrand/mflux, up to 0.15
         "mflux",
@@ -115,7 +135,7 @@ class Layer:
 
     component: str
     names: tuple[str, ...]
-    swapped: bool = False  # the file has the second half of the rows first
+    swapped: Swapped | None = None
 
 
 @dataclass(frozen=True)
@@ -226,7 +246,7 @@ def _spell(
     spelled: dict[Dialect | None, dict[str, Layer]] = {None: _own_names(component, ours)}
     for dialect in dialects:
         spelled[dialect] = {
-            layer.format(index): Layer(component, names, swapped=layer in dialect.swapped)
+            layer.format(index): Layer(component, names, dialect.swapped.get(layer))
             for layer, rows in dialect.layers.items()
             for index in range(blocks if "{}" in layer else 1)
             if ours.keys() >= set(names := tuple(name.format(index) for name in rows))

@@ -33,7 +33,18 @@ from lora.names import Shapes
 from lora.patterns import PatternError, parse_pattern
 from lora.updates import LowRank
 from settings import read_settings
-from tests.lora_files import DIALECTS, KINDS, Base, FileModule, LoraFile, base_of, file_modules, make_lora, shapes_of
+from tests.lora_files import (
+    DIALECTS,
+    KINDS,
+    Base,
+    FileModule,
+    LoraFile,
+    base_of,
+    file_modules,
+    make_lora,
+    original_modules,
+    shapes_of,
+)
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
 SOME = r"[bB]locks?[._]1[._]|final_layer|norm_out|img_in"  # enough of a file to go wrong
@@ -209,23 +220,22 @@ def test_names_that_older_and_other_programs_write(
     assert_makes(read(file), file, base)
 
 
-WRITTEN = {  # by which program -> names that are written as a dialect above, and what is different
-    "mflux": (
-        r"diffusers: transformer\S*blocks",
-        {
-            r"\.ff(_context)?\.net\.0\.proj": r".ff\1.linear1",
-            r"\.ff(_context)?\.net\.2": r".ff\1.linear2",
-            r"\.weight$": "",
-        },
-    ),
+MFLUX = {
+    r"\.ff(_context)?\.net\.0\.proj": r".ff\1.linear1",
+    r"\.ff(_context)?\.net\.2": r".ff\1.linear2",
+    r"\.weight$": "",
 }
 
+WRITTEN = [  # a program; the dialect above that is nearest, the kind, which layers; what is different
+    ("mflux", "diffusers", "lora", r"transformer\S*blocks", MFLUX),
+]
 
-@pytest.mark.parametrize("program", WRITTEN)
-def test_names_that_one_program_writes(program: str, shapes: Shapes, base: Base, read: Read) -> None:
-    written, renamed = WRITTEN[program]
-    dialect, _, only = written.partition(": ")
-    file = make_lora(shapes, dialect, only=only)
+
+@pytest.mark.parametrize(("program", "dialect", "kind", "only", "renamed"), WRITTEN)
+def test_names_that_one_program_writes(
+    program: str, dialect: str, kind: str, only: str, renamed: dict[str, str], shapes: Shapes, base: Base, read: Read
+) -> None:
+    file = make_lora(shapes, dialect, kind, only=only)
     for pattern, by in renamed.items():
         keys = {re.sub(pattern, by, key): tensor for key, tensor in file.tensors.items()}
         assert keys.keys() != file.tensors.keys()
@@ -233,6 +243,32 @@ def test_names_that_one_program_writes(program: str, shapes: Shapes, base: Base,
         file.tensors = keys
     lora = read(file)
     assert lora.dialect == program
+    assert_makes(lora, file, base)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora_out", "dora_in", "loha", "lokr", "diff"])
+def test_onetrainers_omi_files(kind: str, shapes: Shapes, base: Base, read: Read) -> None:
+    """q, k, v and mlp are apart under Black Forest Labs' names. Its writer swaps halves in lora_up alone."""
+    file = make_lora(shapes, "diffusers", kind, alpha=3)
+    called = {f"{component}.": prefix for component, prefix in (("text_encoder", "clip_l."), ("text_encoder_2", "t5."))}
+    for name, ours in original_modules(shapes):
+        written = {ours[0]: "img_in.proj" if name == "img_in" else name}
+        if len(ours) > 1:
+            written = {one: f"{name}.{i}" for i, one in enumerate(ours)}
+        called |= {f"transformer.{one}.": f"transformer.{omi}." for one, omi in written.items()}
+    tensors = {}
+    for key, tensor in file.tensors.items():
+        prefix = next(one for one in called if key.startswith(one))
+        name = (
+            (called[prefix] + key.removeprefix(prefix))
+            .replace(".lora_A.", ".lora_down.")
+            .replace(".lora_B.", ".lora_up.")
+        )
+        swapped = name == "transformer.final_layer.adaLN_modulation.1.lora_up.weight"
+        tensors[name] = tensor.roll(len(tensor) // 2, 0) if swapped else tensor
+    file.tensors = tensors
+    lora = read(file)
+    assert lora.dialect == "OneTrainer"
     assert_makes(lora, file, base)
 
 
