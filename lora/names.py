@@ -34,6 +34,8 @@ class Dialect:
     suffixes: Mapping[str, str] = field(default_factory=dict)  # a part of an update -> regular expression
 
 
+_LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+_HADA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 _ADAPTER = r"(\.[^.]+)?"  # PEFT's name of the adapter, as in "lora_A.default.weight"
 
 # A new dialect is a new entry. Where several have the same prefix, the log names the first of them.
@@ -50,9 +52,7 @@ DIALECTS: tuple[Dialect, ...] = (
             "alpha": r"\.alpha",
             "dora_scale": r"\.dora_scale",
             "magnitude": rf"\.lora_magnitude_vector{_ADAPTER}(\.weight)?|\.magnitude",
-            **{f"lokr_{name}": rf"\.lokr_{name}{_ADAPTER}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b")},
-            "lokr_t2": rf"\.lokr_t2{_ADAPTER}",
-            **{f"hada_{name}": rf"\.hada_{name}{_ADAPTER}" for name in ("w1_a", "w1_b", "w2_a", "w2_b")},
+            **{part: rf"\.{part}{_ADAPTER}" for part in (*_LOKR, *_HADA)},
             "diff": r"([._]scale)?(\.diff|\.w_norm)",  # the weight of a norm is called scale
             "diff_b": r"\.diff_b|\.b_norm",
             "embedding_down": rf"\.lora_embedding_A{_ADAPTER}",
@@ -91,6 +91,7 @@ DIALECTS: tuple[Dialect, ...] = (
             "single_transformer_blocks.{}.qkv_mlp": ORIGINAL["single_blocks.{}.linear1"],
         },
         swapped={"final_layer.adaLN_modulation.1": "lora_up"},
+        suffixes={part: f"_{part}" for part in (*_LOKR, *_HADA)},  # until July 2026
     ),
     Dialect("LyCORIS", prefixes={"lycoris_": TRANSFORMER}),
     Dialect(  # github.com/filipstrand/mflux, up to 0.15

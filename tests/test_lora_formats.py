@@ -220,6 +220,7 @@ def test_names_that_older_and_other_programs_write(
     assert_makes(read(file), file, base)
 
 
+UNDERSCORES = {r"\.(lokr|hada)_": r"_\1_"}
 MFLUX = {
     r"\.ff(_context)?\.net\.0\.proj": r".ff\1.linear1",
     r"\.ff(_context)?\.net\.2": r".ff\1.linear2",
@@ -228,6 +229,7 @@ MFLUX = {
 
 WRITTEN = [  # a program; the dialect above that is nearest, the kind, which layers; what is different
     ("mflux", "diffusers", "lora", r"transformer\S*blocks", MFLUX),
+    *(("OneTrainer", "OneTrainer", kind, "", UNDERSCORES) for kind in ("loha", "lokr", "lokr_full", "lokr_both")),
 ]
 
 
