@@ -94,6 +94,7 @@ DIALECTS: tuple[Dialect, ...] = (
         suffixes={part: f"_{part}" for part in (*_LOKR, *_HADA)},  # until July 2026
     ),
     Dialect("LyCORIS", prefixes={"lycoris_": TRANSFORMER}),
+    Dialect("ai-toolkit", prefixes={"lora_te1.": CLIP, "lora_te2.": T5, "lora_te.": CLIP}),
     Dialect(  # github.com/filipstrand/mflux, up to 0.15
         "mflux",
         prefixes={"transformer.": TRANSFORMER},

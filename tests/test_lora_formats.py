@@ -220,6 +220,7 @@ def test_names_that_older_and_other_programs_write(
     assert_makes(read(file), file, base)
 
 
+AI_TOOLKIT = {r"^text_encoder\.": "lora_te1.", r"^text_encoder_2\.": "lora_te2."}
 UNDERSCORES = {r"\.(lokr|hada)_": r"_\1_"}
 MFLUX = {
     r"\.ff(_context)?\.net\.0\.proj": r".ff\1.linear1",
@@ -229,6 +230,8 @@ MFLUX = {
 
 WRITTEN = [  # a program; the dialect above that is nearest, the kind, which layers; what is different
     ("mflux", "diffusers", "lora", r"transformer\S*blocks", MFLUX),
+    *(("ai-toolkit", "diffusers", kind, "^text_encoder", AI_TOOLKIT) for kind in ("lora", "lokr_full")),
+    ("ai-toolkit", "diffusers", "dora_peft", "^text_encoder", {**AI_TOOLKIT, r"\.lora_magnitude_vector": ".magnitude"}),
     *(("OneTrainer", "OneTrainer", kind, "", UNDERSCORES) for kind in ("loha", "lokr", "lokr_full", "lokr_both")),
 ]
 
