@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Literal
 
 from lora.header import Shape
-from lora.original import ORIGINAL
+from lora.original import FUSED, ORIGINAL
 
 Shapes = Mapping[str, Mapping[str, Shape]]  # component -> parameter name -> shape, of the model at hand
 Swapped = Literal["rows", "lora_up"]  # the second half of all rows is first, or of lora_up's alone
@@ -43,7 +43,7 @@ DIALECTS: tuple[Dialect, ...] = (
     Dialect(
         "",
         prefixes={"lora_te1_": CLIP, "lora_te_": CLIP},
-        layers=ORIGINAL,
+        layers={**ORIGINAL, **FUSED},
         swapped={"final_layer.adaLN_modulation.1": "rows"},  # shift before scale; diffusers has scale before shift
         suffixes={
             "down": rf"\.lora_A{_ADAPTER}\.weight|\.lora_down\.weight|[._]lora(_linear_layer)?\.down\.weight",

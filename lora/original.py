@@ -1,4 +1,4 @@
-"""Black Forest Labs' names of FLUX.1's layers.
+"""What Black Forest Labs call FLUX.1's layers, and what diffusers calls those that it fuses.
 
 github.com/black-forest-labs/flux, src/flux/model.py and modules/layers.py; diffusers' transformer_flux.py.
 """
@@ -35,3 +35,10 @@ for _stream, _qkv, _out, _norm, _suffix in (
         f"double_blocks.{{}}.{_stream}_mlp.2": (f"{_block}ff{_suffix}.net.2",),
         f"double_blocks.{{}}.{_stream}_mod.lin": (f"{_block}norm1{_suffix}.linear",),
     }
+
+# Of diffusers' fuse_qkv_projections, with which SimpleTuner trains.
+FUSED = {
+    "transformer_blocks.{}.attn.to_qkv": ORIGINAL["double_blocks.{}.img_attn.qkv"],
+    "transformer_blocks.{}.attn.to_added_qkv": ORIGINAL["double_blocks.{}.txt_attn.qkv"],
+    "single_transformer_blocks.{}.attn.to_qkv": ORIGINAL["single_blocks.{}.linear1_qkv"],
+}

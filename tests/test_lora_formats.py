@@ -457,6 +457,25 @@ def test_peft_merges_the_same(name: str, way: str, models: Models, shapes: Shape
         torch.testing.assert_close(base("transformer", parameter) + difference, merged[parameter], rtol=1e-4, atol=1e-5)
 
 
+def test_layers_that_diffusers_fuses(shapes: Shapes, base: Base, tmp_path: Path) -> None:
+    """As SimpleTuner trains them with --fuse_qkv_projections."""
+    torch.manual_seed(1)
+    model = new_models(2, 2)["transformer"]
+    model.fuse_qkv_projections()
+    model.add_adapter(LoraConfig(r=3, lora_alpha=3, target_modules=["to_qkv", "to_added_qkv", "to_out.0"]))
+    layers = randomised_layers(model)
+    FluxPipeline.save_lora_weights(tmp_path, get_peft_model_state_dict(model))
+    found = differences(read_lora(tmp_path / "pytorch_lora_weights.safetensors", shapes, "it"), base)
+    assert len(found) == 2 * (3 + 3 + 1) + 2 * 3
+    for name, layer in layers.items():
+        names = [name]
+        if name.endswith("qkv"):
+            pattern = "add_{}_proj" if name.endswith("to_added_qkv") else "to_{}"
+            names = [name.rpartition(".")[0] + "." + pattern.format(one) for one in "qkv"]
+        difference = torch.cat([found["transformer", f"{one}.weight"] for one in names])
+        torch.testing.assert_close(difference, layer.get_delta_weight("default"), rtol=1e-4, atol=1e-5)
+
+
 PATTERN_PARTS = ["to_q", "a", ".", r"\.", r"\d", r"\w", "[0-9]", "[^.]", "[ab]", "_", "1", "block", r"\-", "-"]
 PIECES = st.tuples(st.sampled_from(PATTERN_PARTS), st.sampled_from(["", "", "", "*", "+", "?", ".*"])).map("".join)
 TEXTS = st.lists(PIECES, max_size=3).map("".join)
