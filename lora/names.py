@@ -106,6 +106,28 @@ DIALECTS: tuple[Dialect, ...] = (
         },
         suffixes={"down": r"\.lora_A", "up": r"\.lora_B"},
     ),
+    Dialect(  # github.com/modelscope/DiffSynth-Studio, diffsynth/models/flux_dit.py
+        "DiffSynth",
+        prefixes={"pipe.dit.": TRANSFORMER, "dit.": TRANSFORMER},
+        layers={
+            "blocks.{}.attn.a_to_qkv": ORIGINAL["double_blocks.{}.img_attn.qkv"],
+            "blocks.{}.attn.b_to_qkv": ORIGINAL["double_blocks.{}.txt_attn.qkv"],
+            "blocks.{}.attn.a_to_out": ORIGINAL["double_blocks.{}.img_attn.proj"],
+            "blocks.{}.attn.b_to_out": ORIGINAL["double_blocks.{}.txt_attn.proj"],
+            "blocks.{}.ff_a.0": ORIGINAL["double_blocks.{}.img_mlp.0"],
+            "blocks.{}.ff_a.2": ORIGINAL["double_blocks.{}.img_mlp.2"],
+            "blocks.{}.ff_b.0": ORIGINAL["double_blocks.{}.txt_mlp.0"],
+            "blocks.{}.ff_b.2": ORIGINAL["double_blocks.{}.txt_mlp.2"],
+            "blocks.{}.norm1_a.linear": ORIGINAL["double_blocks.{}.img_mod.lin"],
+            "blocks.{}.norm1_b.linear": ORIGINAL["double_blocks.{}.txt_mod.lin"],
+            "single_blocks.{}.to_qkv_mlp": ORIGINAL["single_blocks.{}.linear1"],
+            "single_blocks.{}.proj_out": ORIGINAL["single_blocks.{}.linear2"],
+            "single_blocks.{}.norm.linear": ORIGINAL["single_blocks.{}.modulation.lin"],
+            "final_norm_out.linear": ORIGINAL["final_layer.adaLN_modulation.1"],
+            "final_proj_out": ORIGINAL["final_layer.linear"],
+        },
+        swapped={"final_norm_out.linear": "rows"},
+    ),
     Dialect(  # github.com/XLabs-AI/x-flux trains attention alone and names it after the processors that it puts in
         "XLabs",
         layers={

@@ -220,6 +220,21 @@ def test_names_that_older_and_other_programs_write(
     assert_makes(read(file), file, base)
 
 
+DIFFSYNTH = {
+    "img_": "a_",
+    "txt_": "b_",
+    r"([ab])_attn\.qkv": r"attn.\1_to_qkv",
+    r"([ab])_attn\.proj": r"attn.\1_to_out",
+    r"([ab])_mlp": r"ff_\1",
+    r"([ab])_mod\.lin": r"norm1_\1.linear",
+    "double_blocks": "blocks",
+    "modulation.lin": "norm.linear",
+    "linear1": "to_qkv_mlp",
+    "linear2": "proj_out",
+    "final_layer.adaLN_modulation.1": "final_norm_out.linear",
+    "final_layer.linear": "final_proj_out",
+    r"\.lora_([AB])\.": r".lora_\1.default.",
+}
 AI_TOOLKIT = {r"^text_encoder\.": "lora_te1.", r"^text_encoder_2\.": "lora_te2."}
 UNDERSCORES = {r"\.(lokr|hada)_": r"_\1_"}
 MFLUX = {
@@ -230,6 +245,8 @@ MFLUX = {
 
 WRITTEN = [  # a program; the dialect above that is nearest, the kind, which layers; what is different
     ("mflux", "diffusers", "lora", r"transformer\S*blocks", MFLUX),
+    ("DiffSynth", "bare", "lora", "blocks|final", DIFFSYNTH | {r"^": "pipe.dit."}),
+    ("DiffSynth", "bare", "dora_out", "blocks|final", DIFFSYNTH),
     *(("ai-toolkit", "diffusers", kind, "^text_encoder", AI_TOOLKIT) for kind in ("lora", "lokr_full")),
     ("ai-toolkit", "diffusers", "dora_peft", "^text_encoder", {**AI_TOOLKIT, r"\.lora_magnitude_vector": ".magnitude"}),
     *(("OneTrainer", "OneTrainer", kind, "", UNDERSCORES) for kind in ("loha", "lokr", "lokr_full", "lokr_both")),
