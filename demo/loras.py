@@ -21,7 +21,7 @@ from demo.guidance import NEUTRAL, SIZES
 from demo.scenes import Scene, caption
 from demo.training import train
 from demo.transformer import flow_loss
-from lora.original import ORIGINAL
+from lora.layers import ORIGINAL
 
 STEPS = 600
 LEARNING_RATE = 3e-3

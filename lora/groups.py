@@ -10,7 +10,8 @@ from lora.errors import LoraError
 from lora.families import other_family
 from lora.header import Header, Shape, shown
 from lora.kinds import KINDS, Kind, magnitude_fits
-from lora.names import Key, Layer, Names, Shapes, is_unused
+from lora.layers import Layer
+from lora.names import Key, Names, Shapes, is_unused
 from lora.tensors import DTYPES, FLOATS
 
 log = logging.getLogger("flux-lora")

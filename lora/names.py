@@ -10,16 +10,14 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Literal
 
 from lora.header import Shape
-from lora.original import FUSED, ORIGINAL
+from lora.layers import COMPONENTS, FUSED, ORIGINAL, Layer, Swapped, other_names, own_names, with_underscores
 
 Shapes = Mapping[str, Mapping[str, Shape]]  # component -> parameter name -> shape, of the model at hand
-Swapped = Literal["rows", "lora_up"]  # the second half of all rows is first, or of lora_up's alone
 Layers = Mapping[str, tuple[str, ...]]  # a layer's name -> the layers of this model whose rows, in order, are its rows
 
-TRANSFORMER, CLIP, T5 = "transformer", "text_encoder", "text_encoder_2"  # diffusers' names of the components
+TRANSFORMER, CLIP, T5 = COMPONENTS
 PEFT_PREFIX = "base_model.model."  # alone, or before or after a dialect's prefix
 
 
@@ -154,15 +152,6 @@ _UNSUPPORTED = re.compile("|".join(UNSUPPORTED.values()))
 
 
 @dataclass(frozen=True)
-class Layer:
-    """What a layer's name in a file stands for: layers of this model, whose rows in this order are its rows."""
-
-    component: str
-    names: tuple[str, ...]
-    swapped: Swapped | None = None
-
-
-@dataclass(frozen=True)
 class Key:
     """A key of a file, understood."""
 
@@ -246,7 +235,7 @@ def _without_prefix(stem: str) -> Iterator[tuple[str, str, tuple[Dialect, ...]]]
         if name.startswith(prefix):
             yield component, name.removeprefix(prefix), dialects
             return
-    for component in (TRANSFORMER, CLIP, T5):
+    for component in COMPONENTS:
         yield component, name, ()
 
 
@@ -264,31 +253,9 @@ def _prefixes(dialects: tuple[Dialect, ...]) -> dict[str, tuple[str, tuple[Diale
 def _spell(
     dialects: tuple[Dialect, ...], component: str, parameters: tuple[str, ...]
 ) -> Mapping[Dialect | None, Mapping[str, Layer]]:
-    """Every spelling of the name of every layer that a component has, by whose name it is; None: diffusers' own."""
+    """Every name of every layer that a component has, by the dialect whose name it is; None: diffusers' own."""
     ours = dict.fromkeys(name.rpartition(".")[0] for name in parameters)
-    blocks = 1 + max((int(number) for name in ours for number in re.findall(r"\.(\d+)\.", name)), default=0)
-    spelled: dict[Dialect | None, dict[str, Layer]] = {None: _own_names(component, ours)}
+    spelled: dict[Dialect | None, Mapping[str, Layer]] = {None: with_underscores(own_names(component, ours))}
     for dialect in dialects:
-        spelled[dialect] = {
-            layer.format(index): Layer(component, names, dialect.swapped.get(layer))
-            for layer, rows in dialect.layers.items()
-            for index in range(blocks if "{}" in layer else 1)
-            if ours.keys() >= set(names := tuple(name.format(index) for name in rows))
-        }
-    for named in spelled.values():
-        named |= {name.replace(".", "_"): layer for name, layer in named.items()}
+        spelled[dialect] = with_underscores(other_names(dialect.layers, dialect.swapped, component, ours))
     return spelled
-
-
-def _own_names(component: str, ours: Mapping[str, None]) -> dict[str, Layer]:
-    """The names that diffusers and transformers give the layers of a component, in any of their versions."""
-    named = {name: Layer(component, (name,)) for name in ours}
-    if component == TRANSFORMER:
-        named |= {name.removesuffix(".0"): named[name] for name in ours if name.endswith(".to_out.0")}
-    elif component == CLIP:  # transformers 5 took a level out of its names
-        short = {name.removeprefix("text_model."): layer for name, layer in named.items()}
-        short |= {re.sub(r"attn\.(\w+)_proj$", r"attn.to_\1", name): layer for name, layer in short.items()}
-        named = short | {f"text_model.{name}": layer for name, layer in short.items()}
-    elif "shared" in named:  # one tensor under two names
-        named["encoder.embed_tokens"] = named["shared"]
-    return named

@@ -1,7 +1,26 @@
-"""What Black Forest Labs call FLUX.1's layers, and what diffusers calls those that it fuses.
+"""FLUX.1's layers and their names: diffusers', transformers' and Black Forest Labs' own, and spellings of any.
 
 github.com/black-forest-labs/flux, src/flux/model.py and modules/layers.py; diffusers' transformer_flux.py.
 """
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+COMPONENTS = TRANSFORMER, CLIP, T5 = "transformer", "text_encoder", "text_encoder_2"  # as diffusers calls them
+
+Swapped = Literal["rows", "lora_up"]  # the second half of all rows is first, or of lora_up's alone
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a layer's name in a file stands for: layers of this model, whose rows in this order are its rows."""
+
+    component: str
+    names: tuple[str, ...]
+    swapped: Swapped | None = None
+
 
 # A layer -> diffusers' layers whose rows, one after the other, are its rows. {} is a block's index.
 ORIGINAL = {
@@ -42,3 +61,35 @@ FUSED = {
     "transformer_blocks.{}.attn.to_added_qkv": ORIGINAL["double_blocks.{}.txt_attn.qkv"],
     "single_transformer_blocks.{}.attn.to_qkv": ORIGINAL["single_blocks.{}.linear1_qkv"],
 }
+
+
+def own_names(component: str, ours: Mapping[str, None]) -> dict[str, Layer]:
+    """What diffusers and transformers call the layers `ours` of a component, in any of their versions."""
+    named = {name: Layer(component, (name,)) for name in ours}
+    if component == TRANSFORMER:
+        named |= {name.removesuffix(".0"): named[name] for name in ours if name.endswith(".to_out.0")}
+    elif component == CLIP:  # transformers 5 took a level out of its names
+        short = {name.removeprefix("text_model."): layer for name, layer in named.items()}
+        short |= {re.sub(r"attn\.(\w+)_proj$", r"attn.to_\1", name): layer for name, layer in short.items()}
+        named = short | {f"text_model.{name}": layer for name, layer in short.items()}
+    elif "shared" in named:  # one tensor under two names
+        named["encoder.embed_tokens"] = named["shared"]
+    return named
+
+
+def other_names(
+    layers: Mapping[str, tuple[str, ...]], swapped: Mapping[str, Swapped], component: str, ours: Mapping[str, None]
+) -> dict[str, Layer]:
+    """What a dialect calls the layers `ours` of a component, where `layers` says whose rows each of its layers has."""
+    blocks = 1 + max((int(number) for name in ours for number in re.findall(r"\.(\d+)\.", name)), default=0)
+    return {
+        name.format(index): Layer(component, names, swapped.get(name))
+        for name, rows in layers.items()
+        for index in range(blocks if "{}" in name else 1)
+        if ours.keys() >= set(names := tuple(row.format(index) for row in rows))
+    }
+
+
+def with_underscores(named: Mapping[str, Layer]) -> dict[str, Layer]:
+    """Each name as it is, and with "_" for "."."""
+    return {**named, **{name.replace(".", "_"): layer for name, layer in named.items()}}
