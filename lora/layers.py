@@ -71,6 +71,7 @@ def own_names(component: str, ours: Mapping[str, None]) -> dict[str, Layer]:
     elif component == CLIP:  # transformers 5 took a level out of its names
         short = {name.removeprefix("text_model."): layer for name, layer in named.items()}
         short |= {re.sub(r"attn\.(\w+)_proj$", r"attn.to_\1", name): layer for name, layer in short.items()}
+        short |= {f"{name}.0": layer for name, layer in short.items() if name.endswith(".to_out")}
         named = short | {f"text_model.{name}": layer for name, layer in short.items()}
     elif "shared" in named:  # one tensor under two names
         named["encoder.embed_tokens"] = named["shared"]

@@ -51,8 +51,8 @@ DIALECTS: tuple[Dialect, ...] = (
             "dora_scale": r"\.dora_scale",
             "magnitude": rf"\.lora_magnitude_vector{_ADAPTER}(\.weight)?|\.magnitude",
             **{part: rf"\.{part}{_ADAPTER}" for part in (*_LOKR, *_HADA)},
+            "diff_b": r"\.diff_b|\.b_norm|\.bias\.diff",
             "diff": r"([._]scale)?(\.diff|\.w_norm)",  # the weight of a norm is called scale
-            "diff_b": r"\.diff_b|\.b_norm",
             "embedding_down": rf"\.lora_embedding_A{_ADAPTER}",
             "embedding_up": rf"\.lora_embedding_B{_ADAPTER}",
         },
@@ -185,7 +185,8 @@ class Names:
         """The layer so called and whose name it is: that of a dialect with the key's prefix, diffusers' own, any."""
         spelled = self._spelled.get(component, {})
         in_turn = [*by_prefix, None, *DIALECTS]
-        for one in (name, name.replace(".processor.", ".")):  # as diffusers called the layers of attention before PEFT
+        # diffusers called attention's layers attn.processor.to_q_lora.down before PEFT; converters left parts of that
+        for one in (name, re.sub(r"([._])processor[._]", r"\1", name).removesuffix("_")):
             for dialect in in_turn:
                 if layer := spelled.get(dialect, {}).get(one):
                     return layer, dialect

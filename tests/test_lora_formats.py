@@ -198,6 +198,9 @@ RENAMED = [
         r"\.to_out\.0\.lora_([AB])\.",
         lambda match: ".processor.to_out_lora" + {"A": ".down.", "B": ".up."}[match[1]],
     ),
+    ("diffusers", r"(self_attn)\.out_proj\.", r"\1.to_out.0."),
+    ("diffusers", r"(self_attn)\.([qkv])_proj\.", r"\1.to_\2."),
+    ("LyCORIS", r"^lycoris_(.*attn_to_[qkv])\.", r"lora_unet_\1_."),
     ("PEFT", r"^base_model\.model\.", "base_model.model.transformer."),
     ("PEFT", r"^base_model\.model\.", "transformer.base_model.model."),
     ("ComfyUI", r"^diffusion_model\.", "model.diffusion_model."),
@@ -317,6 +320,7 @@ def test_biases_norms_and_embeddings(base: Base, read: Read) -> None:
                 "lora_unet_" + final.replace(".", "_") + ".diff_b": swapped,
                 "lycoris_double_blocks_0_txt_attn_norm_query_norm.w_norm": norm,
                 "diffusion_model.single_blocks.1.norm.key_norm.scale.diff": norm,
+                "diffusion_model.double_blocks.0.txt_attn.proj.bias.diff": norm.repeat(2),
                 "text_encoder_2.encoder.embed_tokens.lora_embedding_A": tokens,
                 "text_encoder_2.encoder.embed_tokens.lora_embedding_B": column.T.contiguous(),
             }
@@ -328,6 +332,7 @@ def test_biases_norms_and_embeddings(base: Base, read: Read) -> None:
         ("transformer", "norm_out.linear.bias"): swapped.roll(16),
         ("transformer", f"transformer_blocks.0.{query}.weight"): norm,
         ("transformer", "single_transformer_blocks.1.attn.norm_k.weight"): norm,
+        ("transformer", "transformer_blocks.0.attn.to_add_out.bias"): norm.repeat(2),
         ("text_encoder_2", "shared.weight"): (column.T @ tokens).T,
     }
     for i, name in enumerate(("to_q", "to_k", "to_v")):
