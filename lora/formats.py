@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lora.errors import LoraError
-from lora.groups import Group, group_keys
+from lora.groups import ABOUT_OTHERS, Group, group_keys, times, weight_shape
 from lora.header import read_header, shown
 from lora.kinds import LYCORIS_EPS, magnitude_of, split
 from lora.names import Shapes
@@ -55,8 +55,10 @@ def read_lora(path: Path, shapes: Shapes, name: str) -> Adapter:
         component, stem = group.key.layer.component, group.key.stem
         parts = {part: tensors[key].reshape(group.shapes[part]) for part, key in group.keys.items()}
         for part, key in group.keys.items():
-            if part != "alpha" and not is_finite(parts[part]):
+            if part not in ABOUT_OTHERS and not is_finite(parts[part]):
                 raise LoraError(f"{name} is damaged: {shown(key)} holds numbers that are not finite.")
+        if "reshape_weight" in parts:
+            _check_reshaping(group, parts["reshape_weight"], shapes, name)
         for parameter, update in _updates(group, parts, shapes, configs, name):
             known = updates[component].setdefault(parameter, update)
             other = first.setdefault((component, parameter), stem)
@@ -110,6 +112,16 @@ def _updates(
             counts = [parameters[bias][0] for bias in biases]
             bias = Full(value.float().roll(len(value) // 2) if layer.swapped == "rows" else value)
             yield from zip(biases, split(bias, None, tuple(biases), counts), strict=True)
+
+
+def _check_reshaping(group: Group, asked: Tensor, shapes: Shapes, name: str) -> None:
+    """ComfyUI lets a LoRA enlarge a weight, as FLUX.1's Control LoRAs do; here it has to keep its shape."""
+    weight, wanted = weight_shape(group.key.layer, shapes), tuple(int(size) for size in asked)
+    if wanted != weight:
+        key = shown(group.keys["reshape_weight"])
+        raise LoraError(
+            f"{name} cannot be used: {key} asks for a weight of {times(wanted)}, here it is {times(weight)}."
+        )
 
 
 def _scale(group: Group, rank: int | None, alpha: Tensor | None, configs: PeftConfigs, name: str) -> float:

@@ -21,6 +21,7 @@ MOST_LISTED = 3  # in one error
 # What a writer gives to all layers or to none: one layer without it has lost it.
 SHARED_PARTS = ("alpha", "dora_scale", "magnitude", "up_bias")
 PART_NAMES = {"down": "lora_A or lora_down", "up": "lora_B or lora_up"}
+ABOUT_OTHERS = ("alpha", "reshape_weight")  # parts that change no weight themselves; integers will do
 
 
 @dataclass
@@ -58,7 +59,7 @@ def group_keys(header: Header, shapes: Shapes, name: str) -> list[Group]:
         if key is None:
             unknown.append(shown(text))
             continue
-        if entry.dtype not in (DTYPES if key.part == "alpha" else FLOATS):
+        if entry.dtype not in (DTYPES if key.part in ABOUT_OTHERS else FLOATS):
             wrong.append(f"{shown(text)} is of type {entry.dtype}")
         group = groups.setdefault(key.stem, Group(key))
         if key.part in group.keys:
@@ -79,7 +80,7 @@ def group_keys(header: Header, shapes: Shapes, name: str) -> list[Group]:
     raise LoraError(f"{name} cannot be used: {_listed(wrong) or 'it is empty'}.")
 
 
-def _weight_shape(layer: Layer, shapes: Shapes) -> Shape:
+def weight_shape(layer: Layer, shapes: Shapes) -> Shape:
     """The shape of the weight that a layer of the file is about: that of all its layers here, one below the other."""
     weights = [shapes[layer.component].get(f"{name}.weight", ()) for name in layer.names]
     return (sum(shape[0] for shape in weights if shape), *weights[0][1:])
@@ -90,14 +91,14 @@ def _rename_full_differences(groups: Collection[Group], shapes: Shapes) -> None:
     if any(part in group.keys for group in groups for part in ("up", "alpha")):
         return
     for group in groups:
-        if group.shapes.get("down") == _weight_shape(group.key.layer, shapes):
+        if group.shapes.get("down") == weight_shape(group.key.layer, shapes):
             group.keys["diff"], group.shapes["diff"] = group.keys.pop("down"), group.shapes.pop("down")
 
 
 def _misfits(group: Group, shapes: Shapes) -> list[str]:
     """What is wrong with the parts of one layer."""
     has, kinds, stem = group.shapes, group.kinds, shown(group.key.stem)
-    weight, parameters = _weight_shape(group.key.layer, shapes), shapes[group.key.layer.component]
+    weight, parameters = weight_shape(group.key.layer, shapes), shapes[group.key.layer.component]
     biased = all(f"{name}.bias" in parameters for name in group.key.layer.names)
     wrong = [f"{stem} holds several kinds of update"] if len(kinds) > 1 else []
     for kind in kinds:
@@ -110,12 +111,13 @@ def _misfits(group: Group, shapes: Shapes) -> list[str]:
         if made is None:
             wrong.append(f"the parts of {stem} do not fit each other")
         elif made != weight:
-            wrong.append(f"{stem} is for a weight of {_times(made)}, here it is {_times(weight)}")
+            wrong.append(f"{stem} is for a weight of {times(made)}, here it is {times(weight)}")
     scaled = any(kind.scaled for kind in kinds)
     fits: dict[str, Callable[[Shape], bool]] = {
         "alpha": lambda shape: scaled and math.prod(shape) == 1,
         "dora_scale": lambda shape: scaled and magnitude_fits(shape, weight),
         "magnitude": lambda shape: scaled and magnitude_fits(shape, weight) and "dora_scale" not in has,
+        "reshape_weight": lambda shape: shape == (len(weight),),
         "diff_b": lambda shape: biased and shape == weight[:1],
         "up_bias": lambda shape: biased and shape == weight[:1] and "up" in has,
     }
@@ -152,5 +154,5 @@ def _listed(texts: Sequence[str]) -> str:
     return ", ".join(texts[:MOST_LISTED]) + more
 
 
-def _times(shape: Shape) -> str:
+def times(shape: Shape) -> str:
     return " x ".join(map(str, shape))

@@ -1,7 +1,7 @@
 """The kinds of update that a LoRA file holds: which parts make one, of what shape, and how it is built."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lora.header import Shape
-from lora.updates import Dora, Full, Hadamard, Kronecker, LowRank, Update, take_rows
+from lora.updates import Dora, Full, Hadamard, Kronecker, LowRank, Replacement, Update, take_rows
 
 LYCORIS_EPS = torch.finfo(torch.float32).eps  # lycoris/modules/locon.py adds it to a norm; PEFT does not
 
@@ -30,6 +30,16 @@ def _product(*shapes: Shape) -> Shape | None:
     fits = all(len(shape) == 2 and 0 not in shape for shape in shapes)
     fits = fits and all(left[1] == right[0] for left, right in pairwise(shapes))
     return (shapes[0][0], shapes[-1][1]) if fits else None
+
+
+def _low_rank(has: Mapping[str, Shape]) -> Shape | None:
+    return _product(has["up"], *([has["mid"]] if "mid" in has else []), has["down"])
+
+
+def _build_low_rank(get: Mapping[str, Tensor], scale: float) -> Update:
+    """With LoCon's core, `mid`, the first factor is a product (lycoris/functional/general.py, rebuild_tucker)."""
+    up = get["up"].float() @ get["mid"].float() if "mid" in get else get["up"]
+    return LowRank(up, get["down"], scale)
 
 
 def _embedding(has: Mapping[str, Shape]) -> Shape | None:
@@ -70,9 +80,9 @@ def _hadamard(has: Mapping[str, Shape]) -> Shape | None:
 
 KINDS = (
     Kind(
-        parts=("down", "up"),
-        shape=lambda has: _product(has["up"], has["down"]),
-        build=lambda get, scale: LowRank(get["up"], get["down"], scale),
+        parts=("down", "up", "mid"),
+        shape=_low_rank,
+        build=_build_low_rank,
         rank=lambda has: has["down"][0],
     ),
     Kind(
@@ -96,6 +106,12 @@ KINDS = (
         rank=lambda has: has["embedding_down"][0],
     ),
     Kind(parts=("diff",), shape=lambda has: has["diff"], build=lambda get, _: Full(get["diff"]), scaled=False),
+    Kind(
+        parts=("set_weight",),
+        shape=lambda has: has["set_weight"],
+        build=lambda get, _: Replacement(get["set_weight"]),
+        scaled=False,
+    ),
 )
 
 
@@ -114,13 +130,13 @@ def split(update: Update, dora: tuple[Tensor, float] | None, names: tuple[str, .
 
     `dora` is a magnitude and the epsilon of its norms. A magnitude [1, in] belongs to norms over all the rows.
     """
-    if len(counts) == 1 and dora is None:
-        return [update]
     updates: list[Update] = []
     start = 0
     for name, count in zip(names, counts, strict=True):
         rows = torch.arange(start, start + count)
         part = update if len(counts) == 1 else take_rows(update, rows)
+        if isinstance(part, Replacement):
+            part = replace(part, name=name)
         if dora is None:
             updates.append(part)
         elif dora[0].shape[0] == 1 != sum(counts):

@@ -46,6 +46,7 @@ DIALECTS: tuple[Dialect, ...] = (
         suffixes={
             "down": rf"\.lora_A{_ADAPTER}\.weight|\.lora_down\.weight|[._]lora(_linear_layer)?\.down\.weight",
             "up": rf"\.lora_B{_ADAPTER}\.weight|\.lora_up\.weight|[._]lora(_linear_layer)?\.up\.weight",
+            "mid": r"\.lora_mid\.weight",
             "up_bias": rf"\.lora_B{_ADAPTER}\.bias|\.lora_up\.bias",
             "alpha": r"\.alpha",
             "dora_scale": r"\.dora_scale",
@@ -53,6 +54,8 @@ DIALECTS: tuple[Dialect, ...] = (
             **{part: rf"\.{part}{_ADAPTER}" for part in (*_LOKR, *_HADA)},
             "diff_b": r"\.diff_b|\.b_norm|\.bias\.diff",
             "diff": r"([._]scale)?(\.diff|\.w_norm)",  # the weight of a norm is called scale
+            "set_weight": r"([._]scale)?\.set_weight",
+            "reshape_weight": r"\.reshape_weight",
             "embedding_down": rf"\.lora_embedding_A{_ADAPTER}",
             "embedding_up": rf"\.lora_embedding_B{_ADAPTER}",
         },

@@ -103,6 +103,17 @@ class Full(_Tensors):
 
 
 @dataclass(frozen=True)
+class Replacement(_Tensors):
+    """The new weight itself."""
+
+    value: Tensor
+    name: str = ""  # of the parameter
+
+    def difference(self, base: Base) -> Tensor:
+        return self.value.float() - base(self.name).float()
+
+
+@dataclass(frozen=True)
 class Dora(_Tensors):
     """V = W + inner; the new weight is magnitude * V / norm(V) (DoRA, arXiv:2402.09353).
 
@@ -130,7 +141,7 @@ class Dora(_Tensors):
         return new.sub_(weight)[start:stop]
 
 
-Update: TypeAlias = LowRank | Kronecker | Hadamard | Full | Dora
+Update: TypeAlias = LowRank | Kronecker | Hadamard | Full | Replacement | Dora
 
 
 def _product(factors: Sequence[Tensor]) -> Tensor:
@@ -161,7 +172,7 @@ def take_rows(update: Update, rows: Tensor) -> Update:
             return replace(update, rows=rows if update.rows is None else update.rows[rows])
         case Hadamard():
             return replace(update, w1_a=_rows_of(update.w1_a, rows), w2_a=_rows_of(update.w2_a, rows))
-        case Full():
+        case Full() | Replacement():
             return replace(update, value=_rows_of(update.value, rows))
     raise TypeError(f"the rows of {type(update).__name__} depend on each other")
 

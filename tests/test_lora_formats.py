@@ -344,6 +344,31 @@ def test_biases_norms_and_embeddings(base: Base, read: Read) -> None:
         torch.testing.assert_close(found[where], difference)
 
 
+def test_weights_that_are_set(base: Base, read: Read) -> None:
+    """ComfyUI's set_weight and reshape_weight, which it makes of FLUX.1's Control LoRAs."""
+    draw, prefix = torch.Generator().manual_seed(0), "diffusion_model."
+    qkv, modulation, norm = (torch.randn(shape, generator=draw) for shape in ((48, 16), (32, 16), (8,)))
+    file = LoraFile(
+        {
+            f"{prefix}double_blocks.0.img_attn.qkv.set_weight": qkv,
+            f"{prefix}double_blocks.0.img_attn.qkv.reshape_weight": torch.tensor([48, 16]),
+            f"{prefix}final_layer.adaLN_modulation.1.set_weight": modulation,
+            f"{prefix}double_blocks.0.img_attn.norm.query_norm.scale.set_weight": norm,
+        }
+    )
+    set_to = {
+        **{f"transformer_blocks.0.attn.to_{one}.weight": qkv[16 * i : 16 * i + 16] for i, one in enumerate("qkv")},
+        "norm_out.linear.weight": modulation.roll(16, 0),
+        "transformer_blocks.0.attn.norm_q.weight": norm,
+    }
+    found = differences(read(file), base)
+    assert found.keys() == {("transformer", name) for name in set_to}
+    for name, weight in set_to.items():
+        torch.testing.assert_close(base("transformer", name) + found["transformer", name], weight)
+    file.tensors[f"{prefix}double_blocks.0.img_attn.qkv.reshape_weight"][1] = 17
+    assert "qkv.reshape_weight asks for a weight of 48 x 17, here it is 48 x 16" in refusal(read, file)
+
+
 def test_a_lora_that_is_in_the_file_twice_counts_once(shapes: Shapes, base: Base, read: Read) -> None:
     """So that it loads everywhere, some are written in diffusers' names and in kohya's."""
     file = make_lora(shapes, "kohya", only="double_blocks_._img_attn_qkv", rank=3)
@@ -585,6 +610,14 @@ def test_tuckers_core_is_multiplied_in(base: Base, read: Read) -> None:
     parts = {"lokr_w1": first, "lokr_t2": core[:, :, None, None], "lokr_w2_a": left, "lokr_w2_b": right}
     (found,) = differences(read(LoraFile({f"{stem}.{part}": tensor for part, tensor in parts.items()})), base).values()
     torch.testing.assert_close(found, torch.kron(first, rebuild_tucker(core, left, right)))
+
+
+def test_locons_core_is_multiplied_in(base: Base, read: Read) -> None:
+    stem, draw = "lora_unet_double_blocks_0_img_mlp_0", torch.Generator().manual_seed(0)
+    up, core, down = (torch.randn(shape, generator=draw) for shape in ((64, 3), (3, 3, 1, 1), (3, 16)))
+    parts = {"lora_up.weight": up, "lora_mid.weight": core, "lora_down.weight": down, "alpha": torch.tensor(1.5)}
+    (found,) = differences(read(LoraFile({f"{stem}.{part}": tensor for part, tensor in parts.items()})), base).values()
+    torch.testing.assert_close(found, rebuild_tucker(core[..., 0, 0], up.T, down) / 2)
 
 
 def in_file_order(module: FileModule, rows: Tensor) -> Tensor:
