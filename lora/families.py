@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain
+from itertools import chain, product
 
 from lora.errors import LoraError
 from lora.header import Header, Shape, shown
@@ -44,7 +44,7 @@ _STABLE_DIFFUSION = {
     1024: "a LoRA for Stable Diffusion 2",
     2048: "a LoRA for SDXL",
 }
-# Families whose modules are called as FLUX.1's are, by the width of their blocks.
+# Families whose layers are called as FLUX.1's are, by the width of their blocks.
 _WIDTHS = {
     1536: "a LoRA for Stable Diffusion 3 Medium",
     2432: "a LoRA for Stable Diffusion 3.5 Large",
@@ -52,9 +52,20 @@ _WIDTHS = {
     6144: "a LoRA for FLUX.2 [dev]",
 }
 _FLUX_WIDTH = 3072
+# Layers of FLUX.2 that Black Forest Labs call as FLUX.1's: their rows and columns, in widths of its blocks.
+_FLUX_2_LAYERS = {"linear1$": (9, 1), "linear2$": (1, 4), r"_mlp[._]0$": (6, 1), r"_mlp[._]2$": (1, 3)}
+_FLUX_2_WIDTHS = {3072: "[klein] 4B", 4096: "[klein] 9B", 6144: "[dev]"}
+_KLEIN_DEPTHS = 5, 0  # double and single blocks; the 20 single ones have attention and feed-forward in one layer
+_DOUBLE_ATTENTION = re.compile(r"double_blocks[._]\d+[._](img|txt)_attn[._]")
 _BLOCK = re.compile(
     r"((?<!single_)transformer_blocks|double_blocks|single_transformer_blocks|single_blocks)([._])(\d+)"
 )
+
+# The parts whose rows, multiplied, are a weight's rows, and those whose columns are its columns.
+_ROWS = ("up", "hada_w1_a", "lokr_w1", "lokr_w1_a", "lokr_w2", "lokr_w2_a", "diff")
+_COLUMNS = ("down", "hada_w1_b", "lokr_w1", "lokr_w1_b", "lokr_w2", "lokr_w2_b", "diff")
+
+Sizes = Mapping[str, tuple[int, int]]  # a layer of the file -> rows and columns of its weight; 0: not known
 
 
 def other_family(header: Header, shapes: Shapes, name: str) -> LoraError | None:
@@ -68,21 +79,30 @@ def foreign_family(header: Header) -> str | None:
     return next(_foreign(header), None)
 
 
+def may_be_klein(header: Header, shapes: Shapes) -> bool:
+    """Whether the file fits FLUX.1, and as well FLUX.2 [klein] 4B, of which it would train all attention of the double
+    blocks. Nothing but its metadata could tell."""
+    attention = all(_DOUBLE_ATTENTION.search(key) for key in header.entries)
+    return attention and _hidden(shapes[TRANSFORMER]) == _FLUX_WIDTH and _depths(header.entries) == _KLEIN_DEPTHS
+
+
 def _foreign(header: Header) -> Iterator[str]:
     """What it is, for a file with modules that FLUX.1 has not."""
     stems = {key: split_key(key)[0] for key in header.entries}
     for family, pattern in _PATTERNS:
         if found := next((key for key, stem in stems.items() if pattern.search(stem)), None):
-            exact = _STABLE_DIFFUSION.get(_width(header, r"attn2[._]to_[kv]$")) if "or SDXL" in family else None
+            exact = (
+                _STABLE_DIFFUSION.get(_size(_sizes(header), r"attn2[._]to_[kv]$")[1]) if "or SDXL" in family else None
+            )
             yield f"{exact or family}, not a LoRA for FLUX.1 (it has {shown(found)})"
     if stems and not any(split_key(key)[1] for key in stems):
         yield f"a whole model or a part of one, not a LoRA (it has {shown(next(iter(stems)))})"
 
 
 def _other_flux(header: Header, shapes: Shapes) -> Iterator[str]:
-    """What it is, for a file whose modules are called as FLUX.1's are."""
-    names, ours = Names(shapes), shapes[TRANSFORMER]
-    needed, width, channels = ours["x_embedder.weight"][1], _hidden(ours), _width(header, r"(img_in|x_embedder)$")
+    """What it is, for a file whose layers are called as FLUX.1's are."""
+    names, ours, sizes = Names(shapes), shapes[TRANSFORMER], _sizes(header)
+    needed, width, channels = ours["x_embedder.weight"][1], _hidden(ours), _size(sizes, r"(img_in|x_embedder)$")[1]
     if channels not in (0, needed):
         kind = "FLUX.1 Control LoRA" if channels == 2 * needed else "LoRA for a FLUX.1 such as Fill or Control"
         yield f"a {kind}: its input layer has {channels} channels, this model's has {needed}"
@@ -93,7 +113,11 @@ def _other_flux(header: Header, shapes: Shapes) -> Iterator[str]:
         yield "for FLUX.1 dev: it changes the guidance embedder, which schnell has not; use model dev"
     if not all(names.understand(_BLOCK.sub(r"\g<1>\g<2>0", key)) for key in unknown):
         return  # they are not FLUX.1's at any depth
-    theirs = _width(header, r"(to_q|img_attn[._](qkv|proj)|txt_attn[._]qkv|linear1|qkv_lora\d?)$")
+    for (layer, (rows, columns)), (other, model) in product(_FLUX_2_LAYERS.items(), _FLUX_2_WIDTHS.items()):
+        if _size(sizes, layer) == (rows * other, columns * other):
+            size = f"{rows * other} x {columns * other}"
+            yield f"a LoRA for FLUX.2 {model}, not a LoRA for FLUX.1 (it changes a weight of {size})"
+    theirs = _size(sizes, r"(to_q|img_attn[._](qkv|proj)|txt_attn[._]qkv|linear1|qkv_lora\d?)$")[1]
     doubles, singles = _depths(header.entries)
     our_doubles, our_singles = _depths(ours)
     if theirs != width and theirs in _WIDTHS:
@@ -107,13 +131,22 @@ def _other_flux(header: Header, shapes: Shapes) -> Iterator[str]:
         )
 
 
-def _width(header: Header, module: str) -> int:
-    """The columns of the weights of modules so called, 0 where the file has no low-rank update of one."""
+def _sizes(header: Header) -> Sizes:
+    """Of every layer whose update is made of factors."""
+    rows: dict[str, int] = {}
+    columns: dict[str, int] = {}
     for key, entry in header.entries.items():
         stem, part = split_key(key)
-        if part in ("down", "hada_w1_b") and len(entry.shape) >= 2 and re.search(module, stem):
-            return entry.shape[1]
-    return 0
+        if len(entry.shape) >= 2 and part in _ROWS:
+            rows[stem] = rows.get(stem, 1) * entry.shape[0]
+        if len(entry.shape) >= 2 and part in _COLUMNS:
+            columns[stem] = columns.get(stem, 1) * entry.shape[1]
+    return {stem: (rows.get(stem, 0), columns[stem]) for stem in columns}
+
+
+def _size(sizes: Sizes, layer: str) -> tuple[int, int]:
+    """That of the first layer so called."""
+    return next((size for stem, size in sizes.items() if re.search(layer, stem)), (0, 0))
 
 
 def _hidden(ours: Mapping[str, Shape]) -> int:

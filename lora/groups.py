@@ -6,8 +6,9 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
+from lora.bases import foreign_base, named_bases
 from lora.errors import LoraError
-from lora.families import other_family
+from lora.families import may_be_klein, other_family
 from lora.header import Header, Shape, shown
 from lora.kinds import KINDS, Kind, magnitude_fits
 from lora.layers import Layer
@@ -46,9 +47,29 @@ class Group:
 def group_keys(header: Header, shapes: Shapes, name: str) -> list[Group]:
     """One group for each layer of the file, for a model whose parameters have these `shapes`.
 
-    Raises `LoraError` unless every key is understood, every layer is complete and every shape is this model's.
+    Raises `LoraError` unless every key is understood, every layer is complete and every shape is this model's, or where
+    the metadata names another model.
     """
-    names = Names(shapes)
+    if family := foreign_base(header.metadata):
+        raise LoraError(f"{name} is {family}.")
+    groups, unknown, wrong = _group(header, Names(shapes), name)
+    _rename_full_differences(groups, shapes)
+    for group in groups:
+        wrong += _misfits(group, shapes)
+    wrong += _incomplete(groups)
+    if not unknown and not wrong and groups:
+        if may_be_klein(header, shapes) and not any(named_bases(header.metadata)):
+            log.warning("%s may be for FLUX.2 [klein] 4B: its layers are called and shaped as that model's", name)
+        return groups
+    if error := other_family(header, shapes, name):
+        raise error
+    if unknown:
+        raise LoraError(f"{name} is not a LoRA for this model: nothing here is called {_listed(unknown)}.")
+    raise LoraError(f"{name} cannot be used: {_listed(wrong) or 'it is empty'}.")
+
+
+def _group(header: Header, names: Names, name: str) -> tuple[list[Group], list[str], list[str]]:
+    """The groups, the keys that are not understood, and what is wrong with dtypes or is there twice."""
     groups: dict[str, Group] = {}
     unknown, wrong = [], []
     for text, entry in header.entries.items():
@@ -67,17 +88,7 @@ def group_keys(header: Header, shapes: Shapes, name: str) -> list[Group]:
         group.keys[key.part] = text
         shape = entry.shape
         group.shapes[key.part] = shape[:2] if shape[2:] == (1, 1) else shape  # a linear layer saved as a convolution
-    _rename_full_differences(groups.values(), shapes)
-    for group in groups.values():
-        wrong += _misfits(group, shapes)
-    wrong += _incomplete(groups.values())
-    if not unknown and not wrong and groups:
-        return list(groups.values())
-    if error := other_family(header, shapes, name):
-        raise error
-    if unknown:
-        raise LoraError(f"{name} is not a LoRA for this model: nothing here is called {_listed(unknown)}.")
-    raise LoraError(f"{name} cannot be used: {_listed(wrong) or 'it is empty'}.")
+    return list(groups.values()), unknown, wrong
 
 
 def weight_shape(layer: Layer, shapes: Shapes) -> Shape:

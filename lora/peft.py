@@ -4,7 +4,6 @@ PEFT writes an adapter_config.json beside the weights; a fetched file carries it
 diffusers writes the configurations of all components into one entry of the metadata.
 """
 
-import json
 import logging
 import math
 import warnings
@@ -16,6 +15,7 @@ from typing import Any
 
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig
 
+from lora.bases import DIFFUSERS_ENTRY, parse_object
 from lora.errors import LoraError
 from lora.header import CONFIG_FILE, shown
 from lora.names import TRANSFORMER, Key
@@ -23,7 +23,6 @@ from lora.patterns import PatternError, Patterns
 
 log = logging.getLogger("flux-lora")
 
-DIFFUSERS_ENTRY = "lora_adapter_metadata"
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # the base of such an adapter is not FLUX.1's own
 
 
@@ -110,11 +109,8 @@ class _Config:
 
 
 def _parse(text: str, what: str, name: str) -> dict[str, Any]:
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError):
-        values = None
-    if not isinstance(values, dict):
+    values = parse_object(text)
+    if values is None:
         raise LoraError(f"{name}: its {what} is not a JSON object.")
     return values
 

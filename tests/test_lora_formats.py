@@ -860,6 +860,90 @@ def test_another_family_is_told_by_name(key: str, shape: tuple[int, ...], says: 
     assert re.search(says, refusal(read, LoraFile(tensors)))
 
 
+@pytest.mark.parametrize(
+    ("stem", "down", "up", "says"),
+    [
+        (
+            "single_blocks.3.linear1",
+            3072,
+            27648,
+            r"FLUX.2 \[klein\] 4B, not a LoRA for FLUX.1 .* weight of 27648 x 3072",
+        ),
+        ("single_blocks.3.linear2", 12288, 3072, r"FLUX.2 \[klein\] 4B"),
+        ("double_blocks.3.txt_mlp.2", 9216, 3072, r"FLUX.2 \[klein\] 4B"),
+        ("double_blocks.3.img_mlp.0", 4096, 24576, r"FLUX.2 \[klein\] 9B"),
+        ("single_blocks.40.linear2", 24576, 6144, r"FLUX.2 \[dev\]"),
+    ],
+)
+def test_flux_2_is_told_by_its_sizes(
+    stem: str, down: int, up: int, says: str, flux_shapes: Shapes, tmp_path: Path
+) -> None:
+    for parts in (
+        {"lora_A.weight": (4, down), "lora_B.weight": (up, 4)},
+        {"lokr_w1": (16, 16), "lokr_w2_a": (up // 16, 4), "lokr_w2_b": (4, down // 16)},
+    ):
+        tensors = {f"diffusion_model.{stem}.{part}": torch.zeros(shape) for part, shape in parts.items()}
+        with pytest.raises(LoraError, match=f"^it is a LoRA for {says}"):
+            read_lora(LoraFile(tensors).save(tmp_path / "lora.safetensors"), flux_shapes, "it")
+
+
+FOREIGN = [
+    ({"modelspec.architecture": "chroma/lora", "ss_base_model_version": "chroma"}, "Chroma"),
+    ({"ss_base_model_version": "flux2_klein_4b"}, r"FLUX.2 \[klein\] 4B"),
+    ({"modelspec.architecture": "flux2-klein-base-9b/lora"}, r"FLUX.2 \[klein\] 9B"),
+    ({"modelspec.architecture": "Flux.2-dev/lora"}, "FLUX.2"),
+    ({"ss_base_model_version": "qwen_image"}, "Qwen-Image"),
+    ({"modelspec.architecture": "sd3-medium/lora"}, "Stable Diffusion 3"),
+    ({"adapter_config.json": json.dumps({"base_model_name_or_path": "Qwen/Qwen-Image"})}, "Qwen-Image"),
+    ({"lora_adapter_metadata": json.dumps({"transformer.base_model_name_or_path": "lodestones/Chroma1-HD"})}, "Chroma"),
+]
+OURS = [
+    {"modelspec.architecture": "flux-1-dev/lora", "ss_base_model_version": "flux1"},
+    {"modelspec.architecture": "flux-kontext/lora"},
+    {"ss_base_model_version": "flux.1_kontext"},
+    {"ss_base_model_version": "sd_1.5"},  # of ai-toolkit, until April 2025
+    {"adapter_config.json": json.dumps({"base_model_name_or_path": "/models/chroma/FLUX.1-dev", "r": 4})},
+    {"adapter_config.json": json.dumps({"base_model_name_or_path": None, "r": 4}), "modelspec.architecture": "lora"},
+]
+
+
+def test_what_metadata_names_is_not_taken_for_flux_1(shapes: Shapes, base: Base, read: Read) -> None:
+    """Of other models that call their layers so, and are as wide: nothing else tells a LoRA for them."""
+    for metadata, family in FOREIGN:
+        file = make_lora(shapes, "ComfyUI", only="double_blocks.*attn")
+        file.metadata = metadata
+        assert re.search(
+            rf"^acme/lora is a LoRA for {family}, not for FLUX.1 \(its metadata says ", refusal(read, file)
+        )
+    for metadata in OURS:
+        file = make_lora(shapes, "PEFT", only="attn", alpha=4)
+        file.metadata = metadata
+        assert_makes(read(file), file, base)
+
+
+@pytest.mark.parametrize(
+    ("only", "metadata", "doubtful"),
+    [
+        (r"double_blocks\.[0-4]\.\S*attn", {}, True),
+        (r"double_blocks\.[0-4]\.\S*attn", {"ss_base_model_version": "flux1"}, False),
+        (r"double_blocks\.[0-5]\.\S*attn", {}, False),
+        (r"double_blocks\.[0-4]\.", {}, False),
+    ],
+)
+def test_what_fits_klein_as_well_is_said(
+    only: str,
+    metadata: dict[str, str],
+    doubtful: bool,
+    flux_shapes: Shapes,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    file = make_lora(flux_shapes, "ComfyUI", rank=1, only=only)
+    file.metadata = metadata
+    read_lora(file.save(tmp_path / "lora.safetensors"), flux_shapes, "it")
+    assert ("it may be for FLUX.2 [klein] 4B" in caplog.text) == doubtful
+
+
 def test_a_lora_for_dev_says_so_to_schnell(shapes: Shapes, tmp_path: Path) -> None:
     schnell = shapes_of(**new_models(2, 2, guidance=False))
     for dialect in ("diffusers", "kohya"):
