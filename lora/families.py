@@ -6,19 +6,18 @@ from itertools import chain, product
 
 from lora.errors import LoraError
 from lora.header import Header, Shape, shown
-from lora.names import TRANSFORMER, UNSUPPORTED, Names, Shapes, split_key
+from lora.names import PEFT_PREFIX, TRANSFORMER, Names, Shapes, split_key
+from lora.unsupported import unsupported_kind
 
-# What only the modules of one family are called; "~" is "." or "_". The first that is found counts.
-_FAMILIES = (
+# What only the layers of one family are called; "~" is "." or "_". The first that is found counts.
+_NO_LORAS = (
     ("an IP-Adapter", r"ip_adapter|image_proj\b"),
     ("a ControlNet", r"controlnet|input_hint_block|^control_model\."),
     ("a textual-inversion embedding", r"^(emb_params|string_to_param|clip_[lg]|t5(xxl)?|<[^>]*>)(\.\*)?$"),
     ("a LoRA with textual-inversion embeddings in it, which are not supported", r"^bundle_emb\."),
-    *((f"{kind}, which is not supported", pattern) for kind, pattern in UNSUPPORTED.items()),
-    (
-        "a LoRA for Nunchaku's quantized models",
-        r"\.(qweight|wscales|smooth(_orig)?)$|qkv_proj(_context)?\.lora_(down|up)$",
-    ),
+)
+_FAMILIES = (
+    ("a LoRA for Nunchaku's quantized models", r"\.(qweight|wscales|smooth(_orig)?|lora_down|lora_up)$"),
     ("a LoRA for FLUX.2", r"(double|single)_stream_modulation|to_qkv_mlp_proj|ff(_context)?~linear_(in|out)\b"),
     ("a LoRA for Chroma", r"distilled_guidance_layer"),
     ("a LoRA for Stable Diffusion 3", r"joint_blocks"),
@@ -36,9 +35,9 @@ _FAMILIES = (
     ("a LoRA for Wan", r"(?<!transformer_)blocks~\d+~((self|cross)_attn~[qkvo]\b|attn[12]~|ffn~)"),
     ("a LoRA for Cosmos", r"(?<!transformer_)blocks~\d+~(self|cross)_attn~[qkvo]_proj"),
     ("a LoRA for a language model", r"(?<!encoder)~layers~\d+~(self_attn~[qkvo]_proj|mlp~(gate|up|down)_proj)"),
-    ("a LoRA for SDXL", r"^(lora_te2_|text_encoder_2\.)text_model"),
+    ("a LoRA for SDXL", r"^(lora_te2[._]|text_encoder_2\.)text_model"),
 )
-_PATTERNS = [(family, re.compile(pattern.replace("~", "[._]"))) for family, pattern in _FAMILIES]
+_PARAMETER = re.compile(r"(weight|bias|scale)$")
 _STABLE_DIFFUSION = {
     768: "a LoRA for Stable Diffusion 1.5",
     1024: "a LoRA for Stable Diffusion 2",
@@ -87,16 +86,27 @@ def may_be_klein(header: Header, shapes: Shapes) -> bool:
 
 
 def _foreign(header: Header) -> Iterator[str]:
-    """What it is, for a file with modules that FLUX.1 has not."""
+    """What it is, for a file with layers that FLUX.1 has not, or without an update of any."""
     stems = {key: split_key(key)[0] for key in header.entries}
-    for family, pattern in _PATTERNS:
-        if found := next((key for key, stem in stems.items() if pattern.search(stem)), None):
-            exact = (
-                _STABLE_DIFFUSION.get(_size(_sizes(header), r"attn2[._]to_[kv]$")[1]) if "or SDXL" in family else None
-            )
-            yield f"{exact or family}, not a LoRA for FLUX.1 (it has {shown(found)})"
+    for family, key in _called(_NO_LORAS, stems):
+        yield f"{family}, not a LoRA for FLUX.1 (it has {shown(key)})"
+    for key in stems:
+        if kind := unsupported_kind(key):
+            yield f"{kind}, which is not supported (it has {shown(key)})"
+    for family, key in _called(_FAMILIES, stems):
+        exact = _STABLE_DIFFUSION.get(_size(_sizes(header), r"attn2[._]to_[kv]$")[1]) if "or SDXL" in family else None
+        yield f"{exact or family}, not a LoRA for FLUX.1 (it has {shown(key)})"
     if stems and not any(split_key(key)[1] for key in stems):
-        yield f"a whole model or a part of one, not a LoRA (it has {shown(next(iter(stems)))})"
+        whole = all(_PARAMETER.search(key) and not key.startswith(PEFT_PREFIX) for key in stems)
+        what = "a whole model or a part of one" if whole else "an adapter of a kind that is not known"
+        yield f"{what}, not a LoRA (it has {shown(next(iter(stems)))})"
+
+
+def _called(families: Iterable[tuple[str, str]], stems: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """The families that have a layer so called, each with its key."""
+    for family, pattern in families:
+        search = re.compile(pattern.replace("~", "[._]")).search
+        yield from ((family, key) for key, stem in stems.items() if search(stem))
 
 
 def _other_flux(header: Header, shapes: Shapes) -> Iterator[str]:

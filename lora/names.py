@@ -13,6 +13,7 @@ from functools import lru_cache
 
 from lora.header import Shape
 from lora.layers import COMPONENTS, FUSED, ORIGINAL, Layer, Swapped, other_names, own_names, with_underscores
+from lora.unsupported import unsupported_kind
 
 Shapes = Mapping[str, Mapping[str, Shape]]  # component -> parameter name -> shape, of the model at hand
 Layers = Mapping[str, tuple[str, ...]]  # a layer's name -> the layers of this model whose rows, in order, are its rows
@@ -146,13 +147,6 @@ DIALECTS: tuple[Dialect, ...] = (
     ),
 )
 
-# Adapters that are known and not supported, by what only their keys hold.
-UNSUPPORTED = {
-    "an OFT or BOFT adapter": r"\.b?oft_(blocks|diag|R)\b",
-    "a GLoRA adapter": r"\.[ab][12]\.weight$",
-}
-_UNSUPPORTED = re.compile("|".join(UNSUPPORTED.values()))
-
 
 @dataclass(frozen=True)
 class Key:
@@ -198,7 +192,7 @@ class Names:
 
 def is_adapter_key(key: str) -> bool:
     """Whether it names a part of an update, of a kind that is supported or one that is known not to be."""
-    return split_key(key)[1] is not None or _UNSUPPORTED.search(key) is not None
+    return split_key(key)[1] is not None or unsupported_kind(key) is not None
 
 
 def is_unused(key: str) -> bool:

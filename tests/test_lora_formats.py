@@ -18,7 +18,20 @@ from lycoris.functional.general import rebuild_tucker
 from lycoris.modules.locon import LoConModule
 from lycoris.modules.loha import LohaModule
 from lycoris.modules.lokr import LokrModule
-from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
+from peft import (
+    FourierFTConfig,
+    HRAConfig,
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    MissConfig,
+    PeftType,
+    RandLoraConfig,
+    VeraConfig,
+    get_peft_model,
+)
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from peft.utils.other import get_pattern_key
@@ -827,6 +840,11 @@ OTHER_FAMILIES = [
     ("controlnet_x_embedder.lora_A.weight", (4, 64), "a ControlNet"),
     ("transformer.transformer_blocks.0.attn.to_q.oft_blocks", (4, 8, 8), "an OFT or BOFT adapter"),
     ("transformer_blocks.0.qkv_proj.lora_down", (4, 3072), "Nunchaku"),
+    ("single_transformer_blocks.0.norm.linear.lora_up", (9216, 16), "Nunchaku"),
+    ("transformer_blocks.0.attn.processor.q_loras.0.down.weight", (128, 3072), "an EasyControl LoRA"),
+    ("base_model.model.transformer_blocks.0.attn.to_q.lora_E", (4, 1), "an AdaLoRA adapter, which is not supported"),
+    ("base_model.model.transformer_blocks.0.attn.to_q.new_thing", (4,), "an adapter of a kind that is not known"),
+    ("transformer_blocks.0.attn.to_q.new_thing", (4,), "an adapter of a kind that is not known"),
     ("double_blocks.0.img_attn.norm.query_norm.scale", (8,), "a FLUX.1 Control LoRA"),
     (
         "transformer.x_embedder.lora_A.weight",
@@ -858,6 +876,30 @@ def test_another_family_is_told_by_name(key: str, shape: tuple[int, ...], says: 
     if key.endswith(".scale"):
         tensors["double_blocks.0.img_attn.proj.lora_A.weight"] = torch.zeros(4, 16)
     assert re.search(says, refusal(read, LoraFile(tensors)))
+
+
+@pytest.mark.parametrize("tuner", [tuner for tuner in PeftType if tuner not in ("LORA", "LOKR", "LOHA", "ADALORA")])
+def test_every_other_adapter_of_peft_is_told_by_name(tuner: PeftType, read: Read) -> None:
+    key = f"base_model.model.transformer_blocks.0.attn.to_q.{PEFT_TYPE_TO_PREFIX_MAPPING[tuner]}A"
+    said = refusal(read, LoraFile({key: torch.zeros(4)}))
+    assert "which is not supported (it has " in said
+    assert tuner.value.lower().replace("_", "") in re.sub(r"\W", "", said.lower())
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [
+        (IA3Config(target_modules=["to_q"], feedforward_modules=[]), "IA3"),
+        (VeraConfig(target_modules=["to_q"], r=2), "VeRA"),
+        (MissConfig(target_modules=["to_q"], r=2), "MiSS"),
+        (HRAConfig(target_modules=["to_q"], r=2), "HRA"),
+        (FourierFTConfig(target_modules=["to_q"], n_frequency=4), "FourierFT"),
+        (RandLoraConfig(target_modules=["to_q"], r=2), "RandLoRA"),
+    ],
+)
+def test_an_adapter_that_peft_wrote_is_told_by_name(config: Any, kind: str, read: Read) -> None:
+    file = LoraFile(get_peft_model_state_dict(get_peft_model(new_models(1, 1)["transformer"], config)))
+    assert f"is an adapter of PEFT's kind {kind}, which is not supported" in refusal(read, file)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,62 @@
+"""Kinds of adapter that are known and not supported, told from the names of their tensors."""
+
+import re
+
+# PEFT's, by what the names of their tensors begin with (peft/mapping.py).
+_TUNERS = {
+    "adamss": "AdaMSS",
+    "adaption_prompt": "adaption prompt",
+    "beft": "BEFT",
+    "bone": "Bone",
+    "c3a": "C3A",
+    "cartridge": "Cartridge",
+    "cpt": "CPT",
+    "deft": "DEFT",
+    "delora": "DeLoRA",
+    "fourierft": "FourierFT",
+    "frod": "FRoD",
+    "gralora": "GraLoRA",
+    "hira": "HiRA",
+    "hra": "HRA",
+    "ia3": "IA3",
+    "lily": "Lily",
+    "ln_tuning": "LN tuning",
+    "miss": "MiSS",
+    "multitask_prompt_tuning": "multitask prompt tuning",
+    "osf": "OSF",
+    "p_tuning": "P tuning",
+    "peanut": "PEANuT",
+    "poly": "Poly",
+    "prefix_tuning": "prefix tuning",
+    "prompt_tuning": "prompt tuning",
+    "psoft": "PSOFT",
+    "pvera": "PVeRA",
+    "randlora": "RandLoRA",
+    "road": "RoAd",
+    "shadow": "Shadow",
+    "shira": "SHiRA",
+    "supertuning": "Supertuning",
+    "tinylora": "TinyLoRA",
+    "trainable_tokens": "trainable tokens",
+    "unilora": "Uni-LoRA",
+    "vblora": "VB-LoRA",
+    "vera": "VeRA",
+    "waveft": "WaveFT",
+    "xlora": "X-LoRA",
+    "prompt": "prompt",
+}
+_KINDS = {
+    "an OFT or BOFT adapter": r"\.b?oft_",
+    "a GLoRA adapter": r"\.[ab][12]\.weight$|\.glora_",
+    "an AdaLoRA adapter": r"\.lora_E$",
+    "an EasyControl LoRA": r"\.(q|k|v|proj)_loras\.\d+\.",
+    **{f"an adapter of PEFT's kind {tuner}": rf"(^|\.)(internal_)?{name}_" for name, tuner in _TUNERS.items()},
+}
+_ANY = re.compile("|".join(_KINDS.values()))
+
+
+def unsupported_kind(key: str) -> str | None:
+    """What only a file with such a key can be; None for a key that no unsupported kind has."""
+    if not _ANY.search(key):
+        return None
+    return next(kind for kind, pattern in _KINDS.items() if re.search(pattern, key))
