@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lora.duplicates import same_difference
 from lora.errors import LoraError
 from lora.groups import ABOUT_OTHERS, Group, group_keys, times, weight_shape
 from lora.header import read_header, shown
@@ -23,11 +24,9 @@ from lora.kinds import LYCORIS_EPS, magnitude_of, split
 from lora.names import Shapes
 from lora.peft import PeftConfigs
 from lora.tensors import is_finite, read_tensors
-from lora.updates import Full, LowRank, Update, take_rows
+from lora.updates import Full, Update, take_rows
 
 log = logging.getLogger("flux-lora")
-
-ROUNDING = 0.02  # of bfloat16 factors, relative to the largest number
 
 
 @dataclass(frozen=True)
@@ -62,22 +61,13 @@ def read_lora(path: Path, shapes: Shapes, name: str) -> Adapter:
         for parameter, update in _updates(group, parts, shapes, configs, name):
             known = updates[component].setdefault(parameter, update)
             other = first.setdefault((component, parameter), stem)
-            if known is not update and not _same(known, update):
+            if known is not update and not same_difference(known, update):
                 both = f"{shown(other)} and {shown(stem)}"
                 raise LoraError(f"{name} cannot be used: {both} are about the same weight and differ.")
             twice += known is not update
     if twice:
         log.info("%s holds the updates of %d weights twice, in two dialects; each counts once", name, twice)
     return Adapter(_dialects(groups), dict(updates))
-
-
-def _same(one: Update, other: Update) -> bool:
-    """Whether two low-rank updates make the same difference, but for the rounding of their factors."""
-    if not (isinstance(one, LowRank) and isinstance(other, LowRank)):
-        return False
-    probe = torch.linspace(-1, 1, one.down.shape[1])
-    left, right = (update.scale * (update.up.float() @ (update.down.float() @ probe)) for update in (one, other))
-    return torch.allclose(left, right, rtol=0, atol=ROUNDING * float(left.abs().max()))
 
 
 def _dialects(groups: Collection[Group]) -> str:

@@ -396,6 +396,26 @@ def test_a_lora_that_is_in_the_file_twice_counts_once(shapes: Shapes, base: Base
     assert "are about the same weight and differ" in refusal(read, file)
 
 
+@pytest.mark.parametrize(
+    ("kind", "dialects"), list(product(KINDS, [("kohya", "ComfyUI"), ("OneTrainer", "diffusers")]))
+)
+def test_any_kind_that_is_in_the_file_twice_counts_once(
+    kind: str, dialects: tuple[str, str], shapes: Shapes, base: Base, read: Read
+) -> None:
+    modules = [list(file_modules(shapes, dialect)) for dialect in dialects]
+    again = {first.stem: second.stem for first, second in zip(*modules, strict=True)}
+    parts = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
+    file = make_lora(shapes, dialects[0], kind, alpha=3, only=SOME)
+    for key, tensor in list(file.tensors.items()):
+        stem, _, part = key.partition(".")
+        file.tensors[f"{again[stem]}.{parts.get(part, part)}"] = tensor.clone()
+    lora = read(file)
+    assert set(lora.dialect.split(" + ")) == set(dialects)
+    assert_makes(lora, file, base)
+    file.tensors[next(key for key in reversed(file.tensors) if not key.endswith(".alpha"))] *= 1.2
+    assert "are about the same weight and differ" in refusal(read, file)
+
+
 def test_what_flux_does_not_use_is_left_out_aloud(
     shapes: Shapes, base: Base, read: Read, caplog: pytest.LogCaptureFixture
 ) -> None:
