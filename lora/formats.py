@@ -21,9 +21,10 @@ from lora.errors import LoraError
 from lora.groups import ABOUT_OTHERS, Group, group_keys, times, weight_shape
 from lora.header import read_header, shown
 from lora.kinds import LYCORIS_EPS, magnitude_of, split
+from lora.limits import fits
 from lora.names import Shapes
 from lora.peft import PeftConfigs
-from lora.tensors import is_finite, read_tensors
+from lora.tensors import largest, read_tensors
 from lora.updates import Full, Update, take_rows
 
 log = logging.getLogger("flux-lora")
@@ -53,12 +54,12 @@ def read_lora(path: Path, shapes: Shapes, name: str) -> Adapter:
     for group in groups:
         component, stem = group.key.layer.component, group.key.stem
         parts = {part: tensors[key].reshape(group.shapes[part]) for part, key in group.keys.items()}
-        for part, key in group.keys.items():
-            if part not in ABOUT_OTHERS and not is_finite(parts[part]):
-                raise LoraError(f"{name} is damaged: {shown(key)} holds numbers that are not finite.")
+        number = _largest(group, parts, name)
         if "reshape_weight" in parts:
             _check_reshaping(group, parts["reshape_weight"], shapes, name)
         for parameter, update in _updates(group, parts, shapes, configs, name):
+            if not fits(update, number):
+                raise LoraError(f"{name} cannot be used: {shown(stem)} holds numbers that are too large for a weight.")
             known = updates[component].setdefault(parameter, update)
             other = first.setdefault((component, parameter), stem)
             if known is not update and not same_difference(known, update):
@@ -68,6 +69,15 @@ def read_lora(path: Path, shapes: Shapes, name: str) -> Adapter:
     if twice:
         log.info("%s holds the updates of %d weights twice, in two dialects; each counts once", name, twice)
     return Adapter(_dialects(groups), dict(updates))
+
+
+def _largest(group: Group, parts: Mapping[str, Tensor], name: str) -> float:
+    """The largest number in the tensors of a layer. Raises `LoraError` for one that is not finite."""
+    numbers = {part: largest(parts[part]) for part in parts if part not in ABOUT_OTHERS}
+    for part, number in numbers.items():
+        if not math.isfinite(number):
+            raise LoraError(f"{name} is damaged: {shown(group.keys[part])} holds numbers that are not finite.")
+    return max(numbers.values(), default=0.0)
 
 
 def _dialects(groups: Collection[Group]) -> str:

@@ -20,14 +20,6 @@ INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": to
 DTYPES = FLOATS | INTEGERS
 
 BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
-NOT_FINITE = {  # the bits of infinity, or of NaN where there is no infinity; larger ones are no finite numbers either
-    torch.float64: 0x7FF0_0000_0000_0000,
-    torch.float32: 0x7F80_0000,
-    torch.float16: 0x7C00,
-    torch.bfloat16: 0x7F80,
-    torch.float8_e4m3fn: 0x7F,
-    torch.float8_e5m2: 0x7C,
-}
 
 
 def read_tensors(path: Path, header: Header, name: str) -> dict[str, Tensor]:
@@ -54,14 +46,15 @@ def _view(data: Tensor, entry: Entry) -> Tensor:
     return aligned.view(dtype).view(entry.shape)
 
 
-def is_finite(tensor: Tensor) -> bool:
-    """Whether no element is an infinity or a NaN.
+def largest(tensor: Tensor) -> float:
+    """The largest magnitude in it, an infinity or NaN where one is in it.
 
     The bits say so, which numpy reads at memory's speed and in this thread; torch would start a team of threads for
     each of a thousand tensors.
     """
-    first = NOT_FINITE[tensor.dtype]
     bits = tensor.reshape(-1).view(BITS[tensor.dtype.itemsize]).numpy()
-    return bits.size == 0 or bool(
-        bits.max() < first and bits.view(f"u{bits.itemsize}").max() < first + (1 << (8 * bits.itemsize - 1))
-    )
+    if bits.size == 0:
+        return 0.0
+    sign = 1 << (8 * bits.itemsize - 1)
+    magnitude = max(0, int(bits.max()), int(bits.view(f"u{bits.itemsize}").max()) & (sign - 1))
+    return float(torch.tensor([magnitude], dtype=BITS[bits.itemsize]).view(tensor.dtype))

@@ -4,6 +4,7 @@ import json
 import re
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -732,6 +733,43 @@ def test_numbers_that_are_not_finite_are_refused(dtype: torch.dtype, shapes: Sha
             assert f"{key} holds numbers that are not finite" in refusal(read, file)
         else:
             read(file)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "fits", "too_large"),
+    [
+        ("lora", torch.float16, 65504, None),
+        ("lora", torch.bfloat16, 1e19, 3.3e38),
+        ("lora", torch.float32, 1e19, 2e19),
+        ("lora", torch.float64, 1e19, 1e300),
+        ("lokr", torch.float32, 1e12, 1e13),
+        ("lokr_both", torch.float32, 1e9, 1e10),
+        ("loha", torch.float32, 1e9, 1e10),
+        ("diff", torch.float32, 1e38, 3.4e38),
+        ("diff", torch.float64, 1e38, 1e39),
+        ("dora_out", torch.float32, 1e6, 1e9),
+    ],
+)
+def test_factors_whose_product_no_weight_can_hold_are_refused(
+    kind: str, dtype: torch.dtype, fits: float, too_large: float | None, shapes: Shapes, base: Base, read: Read
+) -> None:
+    file = make_lora(shapes, "diffusers", kind, dtype=torch.float64, rank=1, only=r"blocks\.1\.attn\.to_q")
+
+    def filled(number: float) -> LoraFile:
+        return replace(
+            file, tensors={key: torch.full_like(one, number, dtype=dtype) for key, one in file.tensors.items()}
+        )
+
+    for difference in differences(read(filled(fits)), base).values():
+        assert difference.bfloat16().isfinite().all()
+    if too_large is not None:
+        assert refusal(read, filled(too_large)).endswith("to_q holds numbers that are too large for a weight.")
+
+
+def test_a_scale_that_makes_factors_too_large_is_refused(shapes: Shapes, read: Read) -> None:
+    file = make_lora(shapes, "diffusers", alpha=1, dtype=torch.float64, only=r"blocks\.1\.attn\.to_q")
+    file = with_parts(file, alpha=torch.tensor(1e300, dtype=torch.float64))
+    assert "too large for a weight" in refusal(read, file)
 
 
 @pytest.mark.parametrize("alpha", [float("nan"), float("inf"), 0.0])
