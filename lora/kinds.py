@@ -130,6 +130,8 @@ def split(update: Update, dora: tuple[Tensor, float] | None, names: tuple[str, .
 
     `dora` is a magnitude and the epsilon of its norms. A magnitude [1, in] belongs to norms over all the rows.
     """
+    if len(counts) == 1 and dora is None and not isinstance(update, Replacement):
+        return [update]
     updates: list[Update] = []
     start = 0
     for name, count in zip(names, counts, strict=True):
