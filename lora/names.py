@@ -182,8 +182,7 @@ class Names:
         """The layer so called and whose name it is: that of a dialect with the key's prefix, diffusers' own, any."""
         spelled = self._spelled.get(component, {})
         in_turn = [*by_prefix, None, *DIALECTS]
-        # diffusers called attention's layers attn.processor.to_q_lora.down before PEFT; converters left parts of that
-        for one in (name, re.sub(r"([._])processor[._]", r"\1", name).removesuffix("_")):
+        for one in (name, re.sub(r"([._])processor[._]", r"\1", name)):  # so were attention's layers called before PEFT
             for dialect in in_turn:
                 if layer := spelled.get(dialect, {}).get(one):
                     return layer, dialect
@@ -218,9 +217,12 @@ def _split(key: str) -> tuple[str, str | None, Dialect | None]:
 
 @lru_cache(maxsize=2)
 def _suffixes(dialects: tuple[Dialect, ...]) -> list[tuple[Dialect, str, re.Pattern[str]]]:
-    """In the order in which they are tried: a program's own before those that several write."""
+    """In the order in which they are tried: a program's own before those that several write.
+
+    From names such as to_q_lora.down.weight, which diffusers wrote before PEFT, converters left the first underscore.
+    """
     return [
-        (dialect, part, re.compile(f"(?:{suffix})$"))
+        (dialect, part, re.compile(f"_?(?:{suffix})$"))
         for dialect in sorted(dialects, key=lambda one: one.name == "")
         for part, suffix in dialect.suffixes.items()
     ]

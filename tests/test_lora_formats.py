@@ -215,6 +215,7 @@ RENAMED = [
     ("diffusers", r"(self_attn)\.out_proj\.", r"\1.to_out.0."),
     ("diffusers", r"(self_attn)\.([qkv])_proj\.", r"\1.to_\2."),
     ("LyCORIS", r"^lycoris_(.*attn_to_[qkv])\.", r"lora_unet_\1_."),
+    ("LyCORIS", r"^(lycoris_.*attn_to_[qkv])\.lora_", r"\1_.lora_"),  # and alpha without
     ("PEFT", r"^base_model\.model\.", "base_model.model.transformer."),
     ("PEFT", r"^base_model\.model\.", "transformer.base_model.model."),
     ("ComfyUI", r"^diffusion_model\.", "model.diffusion_model."),
