@@ -109,6 +109,10 @@ class Replacement(_Tensors):
     value: Tensor
     name: str = ""  # of the parameter
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return (self.name,)
+
     def difference(self, base: Base) -> Tensor:
         return self.value.float() - base(self.name).float()
 
@@ -130,7 +134,7 @@ class Dora(_Tensors):
 
     @property
     def reads(self) -> tuple[str, ...]:
-        return self.whole
+        return self.fused
 
     def difference(self, base: Base) -> Tensor:
         weight = torch.cat([base(name).float() for name in self.fused])

@@ -196,7 +196,7 @@ def test_merged_weights_are_the_float64_sum_rounded(monkeypatch: pytest.MonkeyPa
     equal = count = 0
     for first, second in zip(every_kind, [*every_kind[1:], None], strict=True):
         weighted = [(0.7, first)] + ([(-0.4, second)] if second else [])
-        weighted = [(s, replace(u, whole=("0.weight",)) if isinstance(u, Dora) else u) for s, u in weighted]
+        weighted = [(s, replace(u, fused=("0.weight",)) if isinstance(u, Dora) else u) for s, u in weighted]
         merge_into(layer[0].weight, weight, weighted)
         exact = weight.double() + sum(s * exact_difference(update, weight.double()) for s, update in weighted)
         apart = units_apart(layer[0].weight.detach(), exact.to(torch.bfloat16))
