@@ -107,6 +107,7 @@ def to_kohya(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             stem = "lora_unet_" + original.format(i).replace(".", "_")
             down = torch.cat([tensors[f"{name}.lora_A.weight"] for name in names])
             converted[f"{stem}.lora_down.weight"] = down
-            converted[f"{stem}.lora_up.weight"] = torch.block_diag(*(tensors[f"{n}.lora_B.weight"] for n in names))
+            up = [tensors[f"{name}.lora_B.weight"] for name in names]
+            converted[f"{stem}.lora_up.weight"] = torch.block_diag(*up)  # type: ignore[no-untyped-call] # torch's
             converted[f"{stem}.alpha"] = torch.tensor(float(len(down)))
     return converted

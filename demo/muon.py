@@ -1,10 +1,13 @@
 """The Muon optimizer (https://kellerjordan.github.io/posts/muon): momentum whose update is made orthogonal.
 
-torch has one, which iterates in bfloat16; that is hundreds of times slower on a CPU without bfloat16 instructions.
+`torch.optim.Muon(adjust_lr_fn="match_rms_adamw")` follows the same rule, but iterates in bfloat16. Measured on random
+matrices of the demo model's shapes, [144, 144] to [144, 720]: one of its updates differs from ours by 1.2%, and after
+50 steps the weights differ by 0.2% to 0.4% of the distance that they have moved, at the same loss. On a CPU with
+bfloat16 instructions it takes half our time. With oneDNN switched off, which is how torch computes on a CPU without
+them, it takes 16 to 19 times our time, and each step of the training would take several times as long. So we keep ours.
 """
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +24,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override] # no closure is taken
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -34,10 +37,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """The nearest matrix with all singular values about 1, by Newton-Schulz iteration."""
+    """The nearest matrix whose singular values are all about 1, of the same shape, by Newton-Schulz iteration."""
     a, b, c = NEWTON_SCHULZ
     wide = matrix.shape[0] <= matrix.shape[1]
-    x = (matrix if wide else matrix.T) / (matrix.norm() + 1e-7)
+    x: Tensor = (matrix if wide else matrix.T) / (matrix.norm() + 1e-7)
     for _ in range(ITERATIONS):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x

@@ -173,6 +173,6 @@ def _value(attribute: str, scene: Scene, text: str) -> str:
 
 def attribute_loss(logits: Tensor, answers: Tensor) -> Tensor:
     """Mean cross entropy over the attributes; `logits` [..., all values], `answers` [..., attributes]."""
-    parts = logits.split([len(values) for values in ATTRIBUTES.values()], dim=-1)
+    parts = torch.split(logits, [len(values) for values in ATTRIBUTES.values()], dim=-1)
     losses = [F.cross_entropy(part.flatten(0, -2), answers[..., i].flatten()) for i, part in enumerate(parts)]
     return torch.stack(losses).mean()

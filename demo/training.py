@@ -46,7 +46,7 @@ def train(
                 group["lr"] = rate * _schedule(step, steps)
             optimizer.zero_grad(set_to_none=True)
         value = loss(rng, step / steps)
-        value.backward()
+        value.backward()  # type: ignore[no-untyped-call] # torch's
         nn.utils.clip_grad_norm_(trained, MAX_GRADIENT)
         for optimizer in optimizers:
             optimizer.step()

@@ -85,7 +85,8 @@ def _start_near_identity(vae: AutoencoderKL) -> None:
 def _pass_through(conv: nn.Conv2d, taps: tuple[tuple[int, int], ...] | None = None) -> None:
     """Channel i to channel i, averaged over `taps` of the kernel (its middle unless told)."""
     conv.weight.zero_()
-    conv.bias.zero_()
+    if conv.bias is not None:
+        conv.bias.zero_()
     middle = conv.kernel_size[0] // 2
     for row, column in taps or ((middle, middle),):
         for channel in range(min(conv.in_channels, conv.out_channels)):
@@ -177,7 +178,7 @@ def _optimizer(module: nn.Module) -> torch.optim.Optimizer:
 def _loss(vae: AutoencoderKL, batch: Tensor) -> Tensor:
     """The drawing's error + a little KL divergence."""
     posterior: DiagonalGaussianDistribution = vae.encode(batch).latent_dist
-    divergence = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
+    divergence: Tensor = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
     return _drawing_error(vae, _disturbed(posterior.sample(), LATENT_NOISE), batch) + KL_WEIGHT * divergence
 
 
