@@ -4,9 +4,9 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, overload
 
 MB = 10**6
 GB = 10**9
@@ -18,75 +18,7 @@ class SettingsError(ValueError):
     """An environment variable has a value that cannot be used; the message names it and says what would do."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What the operator decided. Tokens are left out of `repr`, so that no log can show them."""
-
-    flux_dev: str | None  # a folder in diffusers layout or a Hugging Face repo id; None: look in weights/
-    flux_schnell: str | None
-    flux_device: str | None  # None: the first CUDA device, or the CPU where there is none
-    flux_compile: bool | None  # None: on for CUDA, off elsewhere
-    go_fast_lora_multiplier: float
-    go_fast_cache_threshold: float | None  # None: every step runs every block
-    lora_cache_dir: Path
-    lora_cache_bytes: int
-    lora_ram_bytes: int
-    lora_max_bytes: int
-    lora_allow_private_hosts: bool
-    hf_endpoint: str
-    civitai_endpoint: str
-    replicate_endpoint: str
-    safety_model: str | None  # one of SAFETY_MODELS; None: the two-stage one where its weights are at hand
-    safety_concepts: str | None  # a folder or a Hugging Face repo id, as is the next
-    safety_vit: str | None
-    safety_concept_limit: float
-    safety_vit_limit: float
-    safety_open_nsfw_limit: float
-    safety_timeout: float  # seconds
-    safety_check_inputs: bool
-    hf_token: str | None = field(repr=False)
-    civitai_api_token: str | None = field(repr=False)
-    replicate_api_token: str | None = field(repr=False)
-
-
-def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
-    """Read the environment. Raises `SettingsError` on the first variable that cannot be used."""
-
-    def read(name: str, parse: Callable[[str], T], default: T) -> T:
-        if name not in environment:
-            return default
-        try:
-            return parse(environment[name].strip())
-        except ValueError as error:
-            raise SettingsError(f"The environment variable {name} {error}.") from None
-
-    return Settings(
-        flux_dev=read("FLUX_DEV", _nonempty, None),
-        flux_schnell=read("FLUX_SCHNELL", _nonempty, None),
-        flux_device=read("FLUX_DEVICE", _device, None),
-        flux_compile=read("FLUX_COMPILE", _switch, None),
-        go_fast_lora_multiplier=read("GO_FAST_LORA_MULTIPLIER", _positive, 1.5),
-        go_fast_cache_threshold=read("GO_FAST_CACHE_THRESHOLD", _positive, None),
-        lora_cache_dir=read("LORA_CACHE_DIR", _path, Path.home() / ".cache" / "flux-lora"),
-        lora_cache_bytes=read("LORA_CACHE_GB", _gigabytes, 50 * GB),
-        lora_ram_bytes=read("LORA_RAM_GB", _gigabytes, 8 * GB),
-        lora_max_bytes=read("LORA_MAX_GB", _gigabytes, 5 * GB),
-        lora_allow_private_hosts=read("LORA_ALLOW_PRIVATE_HOSTS", _switch, False),
-        hf_endpoint=read("HF_ENDPOINT", _url, "https://huggingface.co"),
-        civitai_endpoint=read("CIVITAI_ENDPOINT", _url, "https://civitai.com"),
-        replicate_endpoint=read("REPLICATE_ENDPOINT", _url, "https://replicate.com"),
-        safety_model=read("SAFETY_MODEL", _safety_model, None),
-        safety_concepts=read("SAFETY_CONCEPTS", _nonempty, None),
-        safety_vit=read("SAFETY_VIT", _nonempty, None),
-        safety_concept_limit=read("SAFETY_CONCEPT_LIMIT", _cosine, 0.0),
-        safety_vit_limit=read("SAFETY_VIT_LIMIT", _probability, 0.5),
-        safety_open_nsfw_limit=read("SAFETY_OPEN_NSFW_LIMIT", _probability, 0.8),
-        safety_timeout=read("SAFETY_TIMEOUT", _positive, 30.0),
-        safety_check_inputs=read("SAFETY_CHECK_INPUTS", _switch, False),
-        hf_token=read("HF_TOKEN", _token, None),
-        civitai_api_token=read("CIVITAI_API_TOKEN", _token, None),
-        replicate_api_token=read("REPLICATE_API_TOKEN", _token, None),
-    )
+# The parsers: the text of a variable -> its value. Each raises a `ValueError` that goes on after the variable's name.
 
 
 def _nonempty(text: str) -> str:
@@ -115,32 +47,29 @@ def _safety_model(text: str) -> str:
     return text
 
 
-def _positive(text: str) -> float:
+def _number(text: str) -> float:
+    """nan for what is no number."""
     try:
-        number = float(text)
+        return float(text)
     except ValueError:
-        number = math.nan
+        return math.nan
+
+
+def _positive(text: str) -> float:
+    number = _number(text)
     if not (math.isfinite(number) and number > 0):
         raise ValueError(f"must be a number above 0, not {text!r}")
     return number
 
 
-def _probability(text: str) -> float:
-    return _between(text, 0, 1)
+def _between(least: float, most: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        number = _number(text)
+        if not least <= number <= most:
+            raise ValueError(f"must be a number from {least} to {most}, not {text!r}")
+        return number
 
-
-def _cosine(text: str) -> float:
-    return _between(text, -1, 1)
-
-
-def _between(text: str, least: float, most: float) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not least <= number <= most:
-        raise ValueError(f"must be a number from {least} to {most}, not {text!r}")
-    return number
+    return parse
 
 
 def _gigabytes(text: str) -> int:
@@ -162,3 +91,63 @@ def _token(text: str) -> str | None:
     if not text.isprintable() or " " in text:
         raise ValueError("holds a space or a control character, which no token does")
     return text or None
+
+
+@overload
+def _variable(name: str, parse: Callable[[str], T], *, secret: bool = False) -> T | None: ...
+@overload
+def _variable(name: str, parse: Callable[[str], T], default: str) -> T: ...
+def _variable(name: str, parse: Callable[[str], T], default: str | None = None, *, secret: bool = False) -> Any:
+    """A field of `Settings`: its environment variable, the parser, and the default as one would write it there.
+
+    Without a default the field is None where the variable is not set. A secret is left out of `repr`.
+    """
+    return field(metadata={"variable": (name, parse, default)}, repr=not secret)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the operator decided. Tokens are left out of `repr`, so that no log can show them."""
+
+    # Where a model is: a folder in diffusers layout or a Hugging Face repo id; None: look in weights/
+    flux_dev: str | None = _variable("FLUX_DEV", _nonempty)
+    flux_schnell: str | None = _variable("FLUX_SCHNELL", _nonempty)
+    flux_device: str | None = _variable("FLUX_DEVICE", _device)  # None: the first CUDA device, else the CPU
+    flux_compile: bool | None = _variable("FLUX_COMPILE", _switch)  # None: on for CUDA, off elsewhere
+    go_fast_lora_multiplier: float = _variable("GO_FAST_LORA_MULTIPLIER", _positive, "1.5")
+    # None: every step runs every block
+    go_fast_cache_threshold: float | None = _variable("GO_FAST_CACHE_THRESHOLD", _positive)
+    lora_cache_dir: Path = _variable("LORA_CACHE_DIR", _path, "~/.cache/flux-lora")  # noqa: RUF009 - a field()
+    lora_cache_bytes: int = _variable("LORA_CACHE_GB", _gigabytes, "50")
+    lora_ram_bytes: int = _variable("LORA_RAM_GB", _gigabytes, "8")
+    lora_max_bytes: int = _variable("LORA_MAX_GB", _gigabytes, "5")
+    lora_allow_private_hosts: bool = _variable("LORA_ALLOW_PRIVATE_HOSTS", _switch, "0")
+    hf_endpoint: str = _variable("HF_ENDPOINT", _url, "https://huggingface.co")
+    civitai_endpoint: str = _variable("CIVITAI_ENDPOINT", _url, "https://civitai.com")
+    replicate_endpoint: str = _variable("REPLICATE_ENDPOINT", _url, "https://replicate.com")
+    # One of SAFETY_MODELS; None: the two-stage one where its weights are at hand
+    safety_model: str | None = _variable("SAFETY_MODEL", _safety_model)
+    # Where a checker's weights are: a folder or a Hugging Face repo id
+    safety_concepts: str | None = _variable("SAFETY_CONCEPTS", _nonempty)
+    safety_vit: str | None = _variable("SAFETY_VIT", _nonempty)
+    safety_concept_limit: float = _variable("SAFETY_CONCEPT_LIMIT", _between(-1, 1), "0")  # a difference of cosines
+    safety_vit_limit: float = _variable("SAFETY_VIT_LIMIT", _between(0, 1), "0.5")  # a probability, as is the next
+    safety_open_nsfw_limit: float = _variable("SAFETY_OPEN_NSFW_LIMIT", _between(0, 1), "0.8")
+    safety_timeout: float = _variable("SAFETY_TIMEOUT", _positive, "30")  # seconds
+    safety_check_inputs: bool = _variable("SAFETY_CHECK_INPUTS", _switch, "0")
+    hf_token: str | None = _variable("HF_TOKEN", _token, secret=True)
+    civitai_api_token: str | None = _variable("CIVITAI_API_TOKEN", _token, secret=True)
+    replicate_api_token: str | None = _variable("REPLICATE_API_TOKEN", _token, secret=True)
+
+
+def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
+    """Read the environment. Raises `SettingsError` on the first variable that cannot be used."""
+    values: dict[str, Any] = {}
+    for entry in fields(Settings):
+        name, parse, default = entry.metadata["variable"]
+        text = environment.get(name, default)
+        try:
+            values[entry.name] = None if text is None else parse(text.strip())
+        except ValueError as error:
+            raise SettingsError(f"The environment variable {name} {error}.") from None
+    return Settings(**values)
