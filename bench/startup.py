@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from bench._common import spread, table
-from tools.cog_schema import ROOT
+from tools import ROOT
 
 ROUNDS = 7
 INPUTS = {"prompt": "a red circle", "megapixels": "0.25", "num_inference_steps": 4, "disable_safety_checker": True}

@@ -8,10 +8,10 @@ import pytest
 import requests
 
 from tests.conftest import Server
-from tools.cog_schema import ROOT, openapi_document, to_cog_json
+from tools.cog_schema import PREDICTOR, openapi_document
 
 CONTRACT = json.loads((Path(__file__).parent / "contract.json").read_text())
-SOURCE = (ROOT / "predict.py").read_text()
+DOCUMENT = openapi_document(PREDICTOR.read_text())
 
 
 def without_descriptions(value: Any) -> Any:
@@ -21,19 +21,19 @@ def without_descriptions(value: Any) -> Any:
 
 
 def test_inputs_and_output_are_the_contract_byte_for_byte() -> None:
-    components = without_descriptions(openapi_document(SOURCE, "Predictor")["components"]["schemas"])
+    components = without_descriptions(DOCUMENT["components"]["schemas"])
     ours = {name: components[name] for name in CONTRACT}
     assert json.dumps(ours, indent=1) == json.dumps(CONTRACT, indent=1)
 
 
 def test_every_input_is_described() -> None:
-    properties = openapi_document(SOURCE, "Predictor")["components"]["schemas"]["Input"]["properties"]
+    properties = DOCUMENT["components"]["schemas"]["Input"]["properties"]
     assert all(len(field["description"]) > 20 for field in properties.values())
 
 
 def test_the_server_serves_the_document(server: Server) -> None:
     served = requests.get(f"{server.url}/openapi.json", timeout=10).json()
-    assert served == json.loads(to_cog_json(openapi_document(SOURCE, "Predictor")))
+    assert served == DOCUMENT
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_the_server_serves_the_document(server: Server) -> None:
 def test_a_signature_that_cog_would_read_otherwise_is_refused(signature: str, complaint: str) -> None:
     source = f"class Predictor:\n    def run(self, {signature}) -> list[Path]: ..."
     with pytest.raises(ValueError, match=complaint):
-        openapi_document(source, "Predictor")
+        openapi_document(source)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 import requests
 from PIL import Image
 
-from tools.cog_schema import ROOT
+from tools import ROOT
 
 QUICK = ["-i", "megapixels=0.25", "-i", "num_inference_steps=1"]
 

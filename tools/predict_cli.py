@@ -12,7 +12,7 @@ from typing import Any
 
 import requests
 
-from tools.cog_schema import ROOT, openapi_document
+from tools.cog_schema import PREDICTOR, openapi_document
 from tools.server import ServerError, cog_server
 
 PROGRESS_BAR = re.compile(r"\d+%\|")
@@ -26,7 +26,7 @@ class UsageError(ValueError):
 def main() -> int:
     """Returns the exit code: 0 when the prediction succeeded."""
     arguments = _parse_arguments()
-    schema = openapi_document((ROOT / "predict.py").read_text(), "Predictor")["components"]["schemas"]
+    schema = openapi_document(PREDICTOR.read_text())["components"]["schemas"]
     try:
         inputs = _json_inputs(arguments.json) if arguments.json else _flag_inputs(arguments.input, schema)
         _check_names(inputs, schema)

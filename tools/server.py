@@ -14,7 +14,8 @@ from pathlib import Path
 
 import requests
 
-from tools.cog_schema import ROOT, write_schema
+from tools import ROOT
+from tools.cog_schema import write_schema
 
 POLL_SECONDS = 0.05
 
