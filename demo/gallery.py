@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import requests
 from PIL import Image, ImageDraw
 
 from demo.scenes import Scene, picture_of
 from flux.checkpoints import WEIGHTS
 from tools.predict_cli import data_url
-from tools.server import cog_server
+from tools.server import CogServer, cog_server
 
 PROMPTS = (
     "a red circle on a white background",
@@ -87,8 +86,8 @@ def png_url(picture: Image.Image) -> str:
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def draw(url: str, inputs: Inputs) -> Image.Image:
-    answer = requests.post(f"{url}/predictions", json={"input": QUICK | inputs}, timeout=600).json()
+def draw(server: CogServer, inputs: Inputs) -> Image.Image:
+    answer = server.predict(QUICK | inputs)
     if answer["status"] != "succeeded":
         raise SystemExit(f"{inputs['prompt']}: {answer['error']}")
     content = base64.b64decode(answer["output"][0].partition(",")[2])
@@ -129,7 +128,7 @@ def main() -> None:
             pictures = []
             for label, several in grid.rows.items():
                 print(label, flush=True)
-                pictures.append([draw(server.url, inputs) for inputs in several])
+                pictures.append([draw(server, inputs) for inputs in several])
             sheets.append(sheet_of(grid, pictures))
             tables.append(table_of(grid, pictures))
     whole = Image.new("RGB", (max(s.width for s in sheets), sum(s.height for s in sheets)), "white")

@@ -5,9 +5,8 @@ import io
 import json
 import re
 import shutil
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,9 @@ import pytest
 import requests
 from PIL import Image
 
+from flux.checkpoints import SHARED_PARTS
 from tools.random_flux import FluxSize, write_random_flux
-from tools.server import cog_server
-
-SHARED_PARTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+from tools.server import cog_server, wait_until_idle
 
 
 @pytest.fixture(scope="session")
@@ -39,16 +37,14 @@ class Server:
     """A running predictor; calling it makes a prediction and returns coglet's whole answer."""
 
     url: str
+    log: list[str] = field(default_factory=list)  # the lines that the predictor has logged
 
     def __call__(self, **inputs: Any) -> Any:
-        """coglet frees its one slot a moment after it has answered; until then it tells the next request to wait."""
-        deadline = time.monotonic() + 2
-        while (answer := self.post({"input": inputs})).status_code == 409 and time.monotonic() < deadline:
-            time.sleep(0.02)
-        return answer.json()
+        wait_until_idle(self.url)
+        return self.post({"input": inputs}).json()
 
-    def post(self, body: Any, **options: Any) -> requests.Response:
-        return requests.post(f"{self.url}/predictions", json=body, timeout=120, **options)
+    def post(self, body: Any) -> requests.Response:
+        return requests.post(f"{self.url}/predictions", json=body, timeout=None)  # pytest's own limit ends it
 
     def pictures(self, **inputs: Any) -> list[Image.Image]:
         """The output of a prediction that has to succeed."""
@@ -59,15 +55,17 @@ class Server:
 
 @pytest.fixture(scope="session")
 def environment(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What a server needs to run on the tiny checkpoints and leave no LoRA on this machine."""
+    """What a server needs to run on the tiny checkpoints, with a LoRA cache and a temporary folder of its own."""
     models = {f"FLUX_{model.upper()}": str(folder) for model, folder in checkpoints.items()}
-    return models | {"LORA_CACHE_DIR": str(tmp_path_factory.mktemp("loras"))}
+    folders = {name: str(tmp_path_factory.mktemp(name)) for name in ("LORA_CACHE_DIR", "TMPDIR")}
+    return models | folders
 
 
 @pytest.fixture(scope="session")
 def server(environment: dict[str, str]) -> Iterator[Server]:
-    with cog_server(environment) as running:
-        yield Server(running.url)
+    log: list[str] = []
+    with cog_server(environment, on_log=log.append) as running:
+        yield Server(running.url, log)
 
 
 SMALL = {"prompt": "a red circle", "aspect_ratio": "custom", "width": 256, "height": 320, "output_format": "png"}

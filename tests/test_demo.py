@@ -86,9 +86,9 @@ def colour_inside(picture: Image.Image, scene: Scene) -> str:
 
 
 @pytest.fixture(scope="module")
-def demo() -> Iterator[Server]:
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """What a newcomer runs: no weights named."""
-    with cog_server() as running:
+    with cog_server({"LORA_CACHE_DIR": str(tmp_path_factory.mktemp("loras"))}) as running:
         yield Server(running.url)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import requests
 
@@ -30,6 +31,12 @@ class CogServer:
 
     url: str
     process: "subprocess.Popen[str]"
+
+    def predict(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Make a prediction, however long it takes. Returns coglet's whole answer."""
+        wait_until_idle(self.url)
+        answer: dict[str, Any] = requests.post(f"{self.url}/predictions", json={"input": inputs}, timeout=None).json()
+        return answer
 
 
 @contextmanager
@@ -96,7 +103,7 @@ def _wait_until_ready(url: str, process: "subprocess.Popen[str]") -> None:
             raise ServerError(f"Cog's server stopped with exit code {process.returncode}.")
         try:
             health = requests.get(f"{url}/health-check", timeout=5).json()
-        except requests.ConnectionError:
+        except (requests.ConnectionError, requests.Timeout):
             health = {"status": "STARTING"}
         if health["status"] == "READY":
             return
@@ -105,6 +112,12 @@ def _wait_until_ready(url: str, process: "subprocess.Popen[str]") -> None:
             raise ServerError(health["setup"]["logs"].rsplit("setup failed: ", 1)[-1].strip())
         if health["status"] == "UNHEALTHY":
             raise ServerError(health["user_healthcheck_error"])
+        time.sleep(POLL_SECONDS)
+
+
+def wait_until_idle(url: str) -> None:
+    """Wait for coglet's one slot, which is taken until a moment after its answer: it refuses a request until then."""
+    while requests.get(f"{url}/health-check", timeout=None).json()["status"] == "BUSY":
         time.sleep(POLL_SECONDS)
 
 
