@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from bench._common import table
-from bench.fp8 import relative_error
+from bench._common import announce, benchmark_parser, relative_error, table
 from flux.device import compute_dtype
-from flux.models import Flux, compile_blocks, load_flux
+from flux.models import Models, compile_blocks, load_flux, precisions, residency_of
 from flux.pipelines import Job, denoise, encode_prompt, warm_up
 from tools.random_flux import FluxSize, write_random_flux
 
@@ -19,22 +19,32 @@ SIZES = ((256, 256), (512, 256), (320, 448), (512, 512))
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
+    benchmark_parser(__doc__).parse_args()
+    announce(150)
+    with tempfile.TemporaryDirectory() as folder, tqdm(total=4, unit="part") as bar:
         folders = {model: Path(folder) / model for model in ("dev", "schnell")}
         for model, path in folders.items():
             write_random_flux(path, FluxSize(double_blocks=2, single_blocks=3), model=model)
         models = load_flux(folders, CPU, compute_dtype(CPU))
+        bar.set_description("uncompiled")
         expected = tour(models)
+        bar.update()
+        bar.set_description("warm-up")
         compile_blocks(models)
         started = time.perf_counter()
         warm_up(models)
         seconds, graphs = time.perf_counter() - started, count()
+        bar.update()
+        bar.set_description("compiled")
         drawn = tour(models)
         errors = [relative_error(a, b.double()) for a, b in zip(drawn, expected, strict=True)]
         after_tour = count()
-        models["dev"].residency.evict_all()
+        bar.update()
+        bar.set_description("compiled, after every part left")
+        residency_of(models).evict_all()
         tour(models)
-        rows = [
+        bar.update()
+        rows: list[list[object]] = [
             ["seconds of the warm-up: two kinds of block, two precisions", f"{seconds:.0f}"],
             ["graphs after it", graphs],
             [f"graphs after {len(drawn)} pictures: two models, two precisions, {len(SIZES)} sizes", after_tour],
@@ -44,12 +54,11 @@ def main() -> None:
     table(["compiled by inductor, tiny random models, two steps a picture", ""], rows)
 
 
-def tour(models: dict[str, Flux]) -> list[Tensor]:
+def tour(models: Models) -> list[Tensor]:
     drawn = []
-    for flux in models.values():
-        for one in filter(None, (flux, flux.fast)):
-            embeds = encode_prompt(one, "a red circle")
-            drawn += [denoise(one, Job(size, 2, 3.0, embeds), 1, lambda: None) for size in SIZES]
+    for flux in precisions(models):
+        embeds = encode_prompt(flux, "a red circle")
+        drawn += [denoise(flux, Job(size, 2, 3.0, embeds), 1, lambda: None) for size in SIZES]
     return drawn
 
 

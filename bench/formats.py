@@ -3,13 +3,15 @@
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from diffusers import FluxTransformer2DModel
 from safetensors.torch import save_file
+from tqdm import tqdm
 
-from bench._common import spread, table
+from bench._common import announce, benchmark_parser, spread, table
 from lora.formats import read_lora
 from lora.names import Shapes
 
@@ -19,6 +21,8 @@ MB = 10**6
 
 
 def main() -> None:
+    benchmark_parser(__doc__).parse_args()
+    announce(40)
     with torch.device("meta"):
         model = FluxTransformer2DModel(guidance_embeds=True)
     shapes = {"transformer": {name: parameter.shape for name, parameter in model.named_parameters()}}
@@ -27,9 +31,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "lora.safetensors"
             write_lora(path, shapes, rank)
-            reading, parsing = in_turn(
-                lambda path=path: read_bytes(path), lambda path=path: read_lora(path, shapes, "it")
-            )
+            reading, parsing = in_turn(partial(read_bytes, path), partial(read_lora, path, shapes, "it"))
             ratios = [parse / read for read, parse in zip(reading, parsing, strict=True)]
             size = f"{path.stat().st_size / MB:.0f} MB"
         rows.append([f"{rank}, {size}", spread(reading, 3), spread(parsing, 3), spread(ratios)])
@@ -53,7 +55,7 @@ def read_bytes(path: Path) -> None:
 
 def in_turn(*functions: Callable[[], object]) -> list[list[float]]:
     seconds: list[list[float]] = [[] for _ in functions]
-    for _ in range(ROUNDS):
+    for _ in tqdm(range(ROUNDS), unit="round"):
         for function, taken in zip(functions, seconds, strict=True):
             start = time.perf_counter()
             function()

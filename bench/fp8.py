@@ -1,26 +1,37 @@
 """fp8 against bf16: errors of layers, of the transformer and of pictures, bytes, and the time to build and swap."""
 
-import argparse
 import re
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
-import numpy as np
 import torch
 from diffusers import FluxTransformer2DModel
 from PIL import Image
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from bench._common import full_width_checkpoints, seconds, table
+from bench._common import (
+    Goal,
+    announce,
+    benchmark_parser,
+    full_width_checkpoints,
+    judge,
+    psnr,
+    relative_error,
+    seconds,
+    table,
+)
 from flux.checkpoints import WEIGHTS
 from flux.device import compute_dtype
-from flux.fp8 import Fp8Linear, fp8_layers, load_weights, new_twin, quantize_rows, release_weights
+from flux.fp8 import Fp8Linear, fp8_layers, new_twin, quantize_rows
+from flux.live import LiveWeights
 from flux.models import Flux, load_flux
 from flux.pipelines import Job, decode, denoise, encode_prompt
 from flux.pristine import Pristine
+from lora.merge import Merge
 from lora.updates import LowRank
-from lora_loader import LiveWeights
 from tools.random_flux import FULL_WIDTH
 
 CPU = torch.device("cpu")
@@ -44,25 +55,32 @@ GROUPS = {  # of a transformer's linear layers
 
 
 def main() -> None:
-    parts: dict[str, Callable[[], None]] = {
-        "layers": layers,
-        "groups": groups,
-        "bytes": sizes,
-        "swap": swap,
-        "merge": merge,
-        "pictures": pictures,
+    parts: dict[str, tuple[Callable[[], list[Goal] | None], int]] = {  # and the seconds that it takes
+        "layers": (layers, 20),
+        "groups": (groups, 240),
+        "bytes": (sizes, 5),
+        "swap": (swap, 60),
+        "merge": (merge, 20),
+        "pictures": (pictures, 60),
     }
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", choices=[*parts, []], help="all of them unless told")
+    parser = benchmark_parser(__doc__, goals=True)
+    parts_help = f"{', '.join(parts)}; unless told, all but groups"
+    parser.add_argument("parts", nargs="*", choices=[*parts, []], metavar="PART", help=parts_help)
+    options = parser.parse_args()
+    chosen = options.parts or [name for name in parts if name != "groups"]
+    announce(sum(parts[name][1] for name in chosen))
+    goals: list[Goal] = []
     with torch.no_grad():
-        for name in parser.parse_args().parts or parts:
-            parts[name]()
+        for name in chosen:
+            goals += parts[name][0]() or []
+    judge(goals, check=options.check)
 
 
 def layers() -> None:
     """One layer at FLUX.1's width on Gaussian data."""
     rows = []
-    for count, width, out in ((1024, 3072, 3072), (1024, 3072, 12288), (1024, 15360, 3072), (1, 3072, 18432)):
+    sides = ((1024, 3072, 3072), (1024, 3072, 12288), (1024, 15360, 3072), (1, 3072, 18432))
+    for count, width, out in tqdm(sides, desc="layers", unit="layer"):
         generator = torch.Generator().manual_seed(0)
         weight, x = (torch.randn(n, width, generator=generator) for n in (out, count))
         truth = x.double() @ weight.double().T
@@ -71,7 +89,7 @@ def layers() -> None:
         layer.bias.zero_()
         in_bf16 = (x.bfloat16().float() @ weight.bfloat16().float().T).bfloat16()
         layer(x)
-        ratio = seconds(lambda layer=layer, x=x: layer(x)) / seconds(lambda x=x, weight=weight: x @ weight.T)
+        ratio = seconds(partial(layer, x)) / seconds(partial(torch.matmul, x, weight.T))
         errors = (relative_error(y, truth) for y in (layer(x), in_bf16))
         rows.append([f"{count} x {width} -> {out}", *(f"{error:.4f}" for error in errors), f"{ratio:.1f}"])
     table(["rows, layer", "error of fp8", "error of bf16", "fp8's time here / float32's"], rows)
@@ -79,18 +97,18 @@ def layers() -> None:
 
 def groups() -> None:
     """The transformer's output with one group of layers in fp8 at a time: which are worth it."""
-    columns = []
+    columns: list[list[tuple[float, float]]] = []
     for model, inputs in ((WEIGHTS / "demo-dev", demo_inputs()), (full_width_checkpoints()["dev"], random_inputs())):
         folder = model / "transformer"
         exact = FluxTransformer2DModel.from_pretrained(folder, torch_dtype=torch.float32).eval()
         expected = [exact(**one, return_dict=False)[0] for one in inputs]
-        pristine, linear = Pristine.of(folder, exact), [n for n, m in exact.named_modules() if isinstance(m, nn.Linear)]
+        pristine, linear = Pristine(folder, exact), [n for n, m in exact.named_modules() if isinstance(m, nn.Linear)]
         total = sum(parameter.numel() for parameter in exact.parameters())
         exact.to("meta")  # of both at once there would be too much
         columns.append([])
-        for pattern in GROUPS.values():
+        for pattern in tqdm(GROUPS.values(), desc=f"groups, {model.name}", unit="group"):
             names = [name for name in linear if re.search(pattern, name)]
-            twin = twin_of(exact, pristine, names)
+            twin = live_twin(exact, pristine, names).module
             outputs = [twin(**one, return_dict=False)[0] for one in inputs]
             error = relative_error(torch.cat(outputs), torch.cat(expected).double())
             share = sum(pristine.shapes[f"{name}.weight"].numel() for name in names) / total
@@ -106,16 +124,17 @@ def groups() -> None:
     table(["layers in fp8", "error at the output, demo dev", "full width", "of the parameters, full width"], rows)
 
 
-def twin_of(exact: nn.Module, pristine: Pristine, names: list[str] | None = None) -> nn.Module:
-    twin = new_twin(exact, weight_only=False, layers=names)
-    release_weights(twin, CPU)
-    load_weights(twin, pristine, CPU)
-    return twin
+def live_twin(exact: nn.Module, pristine: Pristine, names: list[str] | None = None) -> LiveWeights:
+    """The weights of a twin with the layers `names` (None: all inside the blocks) in fp8, on the CPU."""
+    live = LiveWeights(new_twin(exact, weight_only=False, layers=names), pristine)
+    live.release(CPU)
+    live.load(CPU)
+    return live
 
 
 def demo_inputs() -> list[dict[str, Tensor]]:
     """What the demo model's transformer gets in eight steps of one picture."""
-    flux = load_flux({"dev": WEIGHTS / "demo-dev"}, CPU, torch.float32)["dev"]
+    flux = load_flux({"dev": WEIGHTS / "demo-dev"}, CPU, torch.float32)["dev"].exact
     seen: list[dict[str, Tensor]] = []
     flux.transformer.register_forward_pre_hook(lambda _m, _a, kwargs: seen.append(kwargs), with_kwargs=True)
     job = Job((256, 256), 8, 3.0, encode_prompt(flux, PROMPTS[0]))
@@ -141,20 +160,21 @@ def random_inputs() -> list[dict[str, Tensor]]:
     ]
 
 
-def sizes() -> None:
+def sizes() -> list[Goal]:
     """Bytes of the twin, here and at FLUX.1's depth."""
-    rows = []
+    rows, goals = [], []
     for double, single in ((FULL_WIDTH.double_blocks, FULL_WIDTH.single_blocks), (19, 38)):
         with torch.device("meta"):
             exact = FluxTransformer2DModel(num_layers=double, num_single_layers=single, guidance_embeds=True)
         nn.Module.to(exact, torch.bfloat16)
         twin = new_twin(exact, weight_only=False)
         before, after = (sum(t.nbytes for t in (*m.parameters(), *m.buffers())) for m in (exact, twin))
-        rows.append(
-            [f"{double} double, {single} single", f"{before / 1e9:.2f}", f"{after / 1e9:.2f}", f"{after / before:.3f}"]
-        )
+        blocks = f"{double} double, {single} single"
+        rows.append([blocks, f"{before / 1e9:.2f}", f"{after / 1e9:.2f}", f"{after / before:.3f}"])
+        goals.append(Goal(f"bytes in fp8 / in bf16, blocks: {blocks}", after / before, GOAL_BYTES))
     print(f"Goal: at most {GOAL_BYTES} of bf16.")
     table(["blocks", "bf16 (GB)", "fp8 (GB)", "ratio"], rows)
+    return goals
 
 
 def swap() -> None:
@@ -162,18 +182,17 @@ def swap() -> None:
     folder = full_width_checkpoints()["dev"] / "transformer"
     with torch.device("meta"):
         exact = FluxTransformer2DModel.from_config(FluxTransformer2DModel.load_config(folder))
-    pristine = Pristine.of(folder, exact)
-    twin = twin_of(exact, pristine)
-    touched = [f"{name}.weight" for name in fp8_layers(twin) if "norm" not in name]
+    pristine = Pristine(folder, exact)
+    live = live_twin(exact, pristine)
+    touched = [f"{name}.weight" for name in fp8_layers(live.module) if "norm" not in name]
     read = {name: pristine(name).clone() for name in pristine.shapes}
-    build = [seconds(lambda: load_weights(twin, pristine, CPU)) for _ in range(ROUNDS)]
+    build = [seconds(partial(live.load, CPU)) for _ in range(ROUNDS)]
     copy = [seconds(lambda: [value.clone() for value in read.values()]) for _ in range(ROUNDS)]
     copy_touched = [seconds(lambda: [read[name].clone() for name in touched]) for _ in range(ROUNDS)]
-    live, merges, restores = LiveWeights(twin, pristine), [], []
-    for seed in range(ROUNDS):
-        wanted = new_updates(pristine, touched, seed)
-        merges.append(seconds(lambda wanted=wanted: live.apply(wanted)))
-        restores.append(seconds(lambda: live.apply({})))
+    merges, restores = [], []
+    for seed in tqdm(range(ROUNDS), desc="swap", unit="LoRA"):
+        merges.append(seconds(partial(live.apply, new_merges(pristine, touched, seed))))
+        restores.append(seconds(partial(live.apply, {})))
     total, some = (sum(read[name].nbytes for name in names) / 1e9 for names in (read, touched))
     rows = [
         [what, f"{statistics.median(times):.2f}", f"{statistics.median(times) / statistics.median(floor):.1f}"]
@@ -186,14 +205,14 @@ def swap() -> None:
     table(["what", "seconds", "times copying the bf16 bytes"], rows)
 
 
-def new_updates(pristine: Pristine, names: list[str], seed: int) -> dict[str, list[tuple[str, float, LowRank]]]:
+def new_merges(pristine: Pristine, names: list[str], seed: int) -> dict[str, Merge]:
     generator = torch.Generator().manual_seed(seed)
 
     def update(out: int, width: int) -> LowRank:
         down = torch.randn(16, width, generator=generator) / 4
         return LowRank((torch.randn(out, 16, generator=generator) * 2e-4).bfloat16(), down.bfloat16(), 1.0)
 
-    return {name: [(str(seed), 1.0, update(*pristine.shapes[name]))] for name in names}
+    return {name: Merge([(str(seed), 1.0, update(*pristine.shapes[name]))]) for name in names}
 
 
 def merge() -> None:
@@ -201,10 +220,10 @@ def merge() -> None:
     folder = full_width_checkpoints()["dev"] / "transformer"
     with torch.device("meta"):
         exact = FluxTransformer2DModel.from_config(FluxTransformer2DModel.load_config(folder))
-    weight = Pristine.of(folder, exact)("single_transformer_blocks.0.attn.to_q.weight").double()
+    weight = Pristine(folder, exact)("single_transformer_blocks.0.attn.to_q.weight").double()
     generator = torch.Generator().manual_seed(0)
     rows = []
-    for size in (0.001, 0.003, 0.01, 0.03, 0.1):
+    for size in tqdm((0.001, 0.003, 0.01, 0.03, 0.1), desc="merge", unit="size"):
         up, down = (torch.randn(*shape, generator=generator) for shape in ((len(weight), 16), (16, weight.shape[1])))
         update = (up @ down).double()
         update *= size * weight.norm() / update.norm()
@@ -236,19 +255,16 @@ def pictures() -> None:
     models = load_flux(folders, CPU, compute_dtype(CPU))
     rows = []
     for model, steps in (("dev", 28), ("schnell", 4)):
-        flux = models[model]
-        assert flux.fast is not None
+        exact, fast = models[model]
         for with_lora in (False, True):
             values, times = [], []
-            for one in (flux, flux.fast):
-                one.residency.use(one.transformer)
-                wanted = demo_lora(one) if with_lora else {}
-                LiveWeights(one.transformer, one.pristine("transformer")).apply(wanted)
-            for seed, prompt in enumerate(PROMPTS):
+            for flux in (exact, fast):
+                flux.residency.change(flux.transformer, demo_lora(flux) if with_lora else {})
+            for seed, prompt in enumerate(tqdm(PROMPTS, desc=f"pictures, {model}", unit="pair")):
                 started = time.perf_counter()
-                exact = draw(flux, prompt, steps, seed)
+                picture = draw(exact, prompt, steps, seed)
                 between = time.perf_counter()
-                values.append(psnr(exact, draw(flux.fast, prompt, steps, seed)))
+                values.append(psnr(picture, draw(fast, prompt, steps, seed)))
                 times.append((time.perf_counter() - between) / (between - started))
             spread = f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
             what = f"{model}, {steps} steps" + (", random LoRA of rank 4 on all blocks" if with_lora else "")
@@ -257,8 +273,8 @@ def pictures() -> None:
     table(["demo model", "PSNR of go_fast (dB)", "its time here / without"], rows)
 
 
-def demo_lora(flux: Flux) -> dict[str, list[tuple[str, float, LowRank]]]:
-    """2% of each weight."""
+def demo_lora(flux: Flux) -> dict[str, Merge]:
+    """Changes each weight by 2%."""
     pristine, generator = flux.pristine("transformer"), torch.Generator().manual_seed(1)
 
     def update(name: str) -> LowRank:
@@ -266,21 +282,13 @@ def demo_lora(flux: Flux) -> dict[str, list[tuple[str, float, LowRank]]]:
         up, down = torch.randn(out, 4, generator=generator), torch.randn(4, width, generator=generator)
         return LowRank(up, down, 0.02 * float(pristine(name).float().norm() / (up @ down).norm()))
 
-    return {f"{n}.weight": [("", 1.0, update(f"{n}.weight"))] for n in fp8_layers(flux.transformer)}
+    names = [f"{layer}.weight" for layer in fp8_layers(flux.transformer)]
+    return {name: Merge([("", 1.0, update(name))]) for name in names}
 
 
 def draw(flux: Flux, prompt: str, steps: int, seed: int) -> Image.Image:
     job = Job((512, 512), steps, 3.0, encode_prompt(flux, prompt))
     return decode(flux, denoise(flux, job, seed, lambda: None), job.size)
-
-
-def psnr(a: Image.Image, b: Image.Image) -> float:
-    squares = float(np.mean((np.asarray(a, float) - np.asarray(b, float)) ** 2))
-    return 10 * np.log10(255**2 / squares) if squares else np.inf
-
-
-def relative_error(value: Tensor, truth: Tensor) -> float:
-    return float((value.double() - truth).norm() / truth.norm())
 
 
 if __name__ == "__main__":

@@ -1,148 +1,129 @@
 """Swapping LoRAs at full width: merging from the pristine base beside diffusers' ways, a step's cost, and drift."""
 
-import argparse
 import copy
 import gc
 import math
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
+from tqdm import tqdm
 
-from bench._common import full_width_checkpoints, seconds, table
+from bench._common import Goal, announce, benchmark_parser, full_width_checkpoints, judge, seconds, table
+from bench._loras import (
+    STRENGTHS,
+    Merges,
+    Tensors,
+    activate_adapters,
+    adapter_names,
+    block_layers,
+    load,
+    load_adapters,
+    new_lora,
+    parsed,
+    together,
+)
 from flux.device import compute_dtype
+from flux.live import LiveWeights
 from flux.pristine import Pristine
-from lora.formats import read_lora
-from lora.updates import LowRank, Update
-from lora_loader import LiveWeights
+from lora.updates import LowRank
 from tools.random_flux import FluxSize, write_random_flux
 
 RANKS = (4, 16, 64, 128)
-STRENGTHS = (1.0, 0.8)  # of the first LoRA and of the second: what costs most, since two scales have to be one product
+GOAL_RANK = 16
+PART_SECONDS = {"swap": 10, "step": 90, "drift": 20}  # about, on 2 cores; of a swap without its ranks
 ROUNDS = 5
-FUSE_SWAPS = {16: 3}  # of diffusers' ways, which take long; one at the ranks that have no goal
+FUSE_SWAPS = {GOAL_RANK: 3}  # of diffusers' ways, which take long; one at the ranks that have no goal
 STEP_RANKS = (16, 128)
 STEP_ROUNDS = 3
 STEP_TOKENS = (256, 256)  # text and picture
 SWAPS = 1000
 GOAL_FLOOR, GOAL_FUSE, GOAL_EQUAL = 3.0, 12.0, 0.999
-Tensors = dict[str, Tensor]
-Parts = dict[str, list[tuple[str, float, Update]]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", choices=["swap", "step", "drift", []], help="all of them unless told")
-    parser.add_argument(
-        "--ranks", type=int, nargs="+", default=RANKS, help="of the swaps; all of %(default)s unless told"
-    )
-    arguments = parser.parse_args()
-    chosen = arguments.parts or ["swap", "step", "drift"]
+    parser = benchmark_parser(__doc__, goals=True)
+    parts_help = f"{', '.join(PART_SECONDS)}; unless told, all of them"
+    parser.add_argument("parts", nargs="*", choices=[*PART_SECONDS, []], metavar="PART", help=parts_help)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[GOAL_RANK], help="of the swaps (default: %(default)s)")
+    parser.add_argument("--full", action="store_const", dest="ranks", const=RANKS, help=f"the ranks {RANKS}")
+    options = parser.parse_args()
+    chosen = options.parts or list(PART_SECONDS)
+    rank_seconds = sum(30 + rank / 2 for rank in options.ranks) if "swap" in chosen else 0
+    announce(rank_seconds + sum(PART_SECONDS[part] for part in chosen))
+    goals: list[Goal] = []
     if "swap" in chosen:
-        swap_times(arguments.ranks)
+        goals += swap_times(options.ranks)
     if "step" in chosen:
         step_costs()
     if "drift" in chosen:
-        drift()
+        goals += drift()
+    judge(goals, check=options.check)
 
 
-def block_layers(pristine: Pristine) -> dict[str, torch.Size]:
-    """The weights' shapes of every linear layer of the blocks: what a LoRA touches at most."""
-    return {
-        name.removesuffix(".weight"): shape
-        for name, shape in pristine.shapes.items()
-        if len(shape) == 2 and "transformer_blocks." in name
-    }
-
-
-def new_lora(pristine: Pristine, rank: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> Tensors:
-    """A file's tensors, in diffusers' names without the first `transformer.`; differences of about 1% of a weight."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors: Tensors = {}
-    for name, (out, width) in block_layers(pristine).items():
-        down = torch.randn(rank, width, generator=generator) / rank**0.5
-        up = torch.randn(out, rank, generator=generator) * 2e-4
-        tensors |= {f"{name}.lora_A.weight": down.to(dtype), f"{name}.lora_B.weight": up.to(dtype)}
-    return tensors
-
-
-def parsed(tensors: Tensors, pristine: Pristine, name: str) -> Parts:
-    """The same as the product reads it from a file, at strength 1."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "lora.safetensors"
-        save_file({f"transformer.{key}": tensor for key, tensor in tensors.items()}, path)
-        updates = read_lora(path, {"transformer": pristine.shapes}, name).updates["transformer"]
-    return {parameter: [(name, 1.0, update)] for parameter, update in updates.items()}
-
-
-def together(*loras: Parts) -> Parts:
-    sums: Parts = {}
-    for strength, lora in zip(STRENGTHS, loras, strict=False):
-        for name, updates in lora.items():
-            sums.setdefault(name, []).extend((sha256, strength, update) for sha256, _, update in updates)
-    return sums
-
-
-def load(folder: Path, dtype: torch.dtype = torch.bfloat16) -> FluxTransformer2DModel:
-    return FluxTransformer2DModel.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False)
-
-
-def swap_times(ranks: Sequence[int]) -> None:
+def swap_times(ranks: Sequence[int]) -> list[Goal]:
     """Median seconds by rank and number of LoRAs, printed as a table."""
     folder = full_width_checkpoints()["dev"] / "transformer"
     theirs = load(folder)
     module = load(folder)
-    live = LiveWeights(module, Pristine.of(folder, module))
-    rows, checked = [], ""
+    live = LiveWeights(module, Pristine(folder, module))
+    rows, goals, checked = [], [], ""
+    bar = tqdm(total=2 * len(ranks), desc="swap", unit="set")
     for rank in ranks:
         files = [new_lora(live.pristine, rank, seed) for seed in range(4)]
         loras = [parsed(file, live.pristine, f"{rank} {i}") for i, file in enumerate(files)]
         for count in (1, 2):
             sets = [together(*loras[:count]), together(*loras[2 : 2 + count])]
             times = {**time_ours(live, sets), **time_theirs(theirs, files, count, FUSE_SWAPS.get(rank, 1))}
-            if (rank, count) == (16, 2):
+            rows.append([rank, count, *swap_row(times)])
+            if rank == GOAL_RANK:
+                name = f"rank {rank}, LoRAs: {count}"
+                goals.append(Goal(f"{name}, ours / floor", times["ours"] / times["floor"], GOAL_FLOOR))
+                goals.append(Goal(f"{name}, fuse / ours", times["fuse"] / times["ours"], GOAL_FUSE, at_least=True))
+            if (rank, count) == (GOAL_RANK, 2):
                 equal, near, worst = against_float64(live, sets[(ROUNDS + 1) % 2])
                 checked = (
                     f"\nTwo LoRAs of rank 16 merged, beside float64 rounded to bf16: {equal:.4%} of the weights are the"
                     f" same bits (goal {GOAL_EQUAL:.1%}), {near:.6%} are so or the next number. The largest difference"
                     f" is {worst:.1e}."
                 )
-            rows.append(
-                [
-                    rank,
-                    count,
-                    f"{times['floor']:.3f}",
-                    f"{times['ours']:.3f}",
-                    f"{times['ours'] / times['floor']:.2f}",
-                    f"{times['load'] + times['set']:.2f}",
-                    f"{times['set']:.3f}",
-                    f"{times['fuse']:.2f}",
-                    f"{times['fuse'] / times['ours']:.1f}",
-                ]
-            )
-            print(*rows[-1], flush=True)
+                goals.append(Goal("merged weights of the same bits as float64's", equal, GOAL_EQUAL, at_least=True))
+            bar.update()
+    bar.close()
     touched = sum(live.pristine(f"{name}.weight").nbytes for name in block_layers(live.pristine))
     print(
         f"\nOne swap of every linear layer of the blocks in bf16, {touched / 1e9:.2f} GB, files in memory, strengths"
-        f" {' and '.join(map(str, STRENGTHS))}; medians in seconds of {ROUNDS} swaps; of"
-        f" {FUSE_SWAPS[16]} of diffusers' fusings at rank 16, of one at others. Goals at rank 16: ours / floor at most"
+        f" {' and '.join(map(str, STRENGTHS))}; medians in seconds of {ROUNDS} swaps; of {FUSE_SWAPS[GOAL_RANK]} of"
+        f" diffusers' fusings at rank {GOAL_RANK}, of one at others. Goals at rank {GOAL_RANK}: ours / floor at most"
         f" {GOAL_FLOOR}, fuse / ours at least {GOAL_FUSE}."
     )
     header = ["rank", "LoRAs", "floor: copy", "ours", "ours / floor", "diffusers: load + set_adapters"]
     header += ["set_adapters alone", "unfuse_lora + fuse_lora", "that / ours"]
     table(header, rows)
     print(checked)
+    return goals
 
 
-def time_ours(live: LiveWeights, sets: list[Parts]) -> dict[str, float]:
-    """Medians of a swap and of copying the same weights, in turn, so that the machine's moods meet both."""
+def swap_row(times: Mapping[str, float]) -> list[str]:
+    return [
+        f"{times['floor']:.3f}",
+        f"{times['ours']:.3f}",
+        f"{times['ours'] / times['floor']:.2f}",
+        f"{times['load'] + times['set']:.2f}",
+        f"{times['set']:.3f}",
+        f"{times['fuse']:.2f}",
+        f"{times['fuse'] / times['ours']:.1f}",
+    ]
+
+
+def time_ours(live: LiveWeights, sets: list[Merges]) -> dict[str, float]:
+    """Medians of a swap and of copying the same weights, in turn, so that whatever else the machine does slows both."""
     scratch = {name: torch.empty_like(live.pristine(name)) for name in sets[0]}
 
     def copy_all() -> None:
@@ -162,40 +143,27 @@ def time_theirs(transformer: FluxTransformer2DModel, files: list[Tensors], count
     load = [seconds(partial(load_adapters, transformer, files, which)) for which in sets]
     activate, fuse = [], []
     activate_adapters(transformer, sets[0])
-    transformer.fuse_lora(adapter_names=names(sets[0]))
+    transformer.fuse_lora(adapter_names=adapter_names(sets[0]))
     for i in range(swaps):
         after = sets[(i + 1) % 2]
         unfuse = seconds(transformer.unfuse_lora)
         activate.append(seconds(partial(activate_adapters, transformer, after)))
-        fuse.append(unfuse + seconds(partial(transformer.fuse_lora, adapter_names=names(after))))
+        fuse.append(unfuse + seconds(partial(transformer.fuse_lora, adapter_names=adapter_names(after))))
     transformer.unfuse_lora()
-    transformer.delete_adapters([name for which in sets for name in names(which)])
+    transformer.delete_adapters([name for which in sets for name in adapter_names(which)])
     medians = map(statistics.median, (load, activate, fuse))
     return dict(zip(("load", "set", "fuse"), medians, strict=True))
 
 
-def names(which: range) -> list[str]:
-    return [f"lora{i}" for i in which]
-
-
-def load_adapters(transformer: FluxTransformer2DModel, files: list[Tensors], which: range) -> None:
-    for i in which:
-        transformer.load_lora_adapter(dict(files[i]), prefix=None, adapter_name=f"lora{i}")
-
-
-def activate_adapters(transformer: FluxTransformer2DModel, which: range) -> None:
-    transformer.set_adapters(names(which), list(STRENGTHS[: len(which)]))
-
-
 @torch.no_grad()
-def against_float64(live: LiveWeights, parts: Parts) -> tuple[float, float, float]:
+def against_float64(live: LiveWeights, merges: Merges) -> tuple[float, float, float]:
     """The shares of merged weights that are bit for bit the float64 sum rounded, and at most one bf16 number from it;
     the largest difference."""
     equal = near = count = 0
     worst = 0.0
-    for name, several in parts.items():
+    for name, merge in merges.items():
         exact = live.pristine(name).double()
-        for _, strength, update in several:
+        for _, strength, update in merge.parts:
             assert isinstance(update, LowRank)
             exact.addmm_(update.up.double(), update.down.double(), alpha=strength * update.scale)
         rounded, merged = exact.to(torch.bfloat16), live.module.get_parameter(name)
@@ -215,7 +183,7 @@ def step_costs() -> None:
     folder = full_width_checkpoints()["dev"] / "transformer"
     dtype = compute_dtype(torch.device("cpu"))
     transformer = load(folder, dtype)
-    live = LiveWeights(transformer, Pristine.of(folder, transformer))
+    live = LiveWeights(transformer, Pristine(folder, transformer))
     config, (text, picture) = transformer.config, STEP_TOKENS
     inputs: dict[str, Any] = {
         "hidden_states": torch.randn(1, picture, config.in_channels, dtype=dtype),
@@ -232,6 +200,7 @@ def step_costs() -> None:
         transformer(**inputs)
 
     rows = []
+    bar = tqdm(total=2 * len(STEP_RANKS) * STEP_ROUNDS, desc="step", unit="round")
     step()
     for rank in STEP_RANKS:
         files = [new_lora(live.pristine, rank, seed) for seed in range(2)]
@@ -247,13 +216,14 @@ def step_costs() -> None:
                 activate.append(seconds(partial(activate_adapters, transformer, range(count))))
                 unmerged.append(seconds(step))
                 transformer.unload_lora()
+                bar.update()
             # the quietest of each: a neighbour on this machine only ever adds
             base, with_merged, with_unmerged = min(plain), min(merged), min(unmerged)
             row = [rank, count, f"{base:.2f}", f"{with_merged / base:.3f}", f"{with_unmerged / base:.3f}"]
             row += [f"{min(swap):.3f}", f"{min(activate):.3f}"]
             row.append(break_even(min(swap) - min(activate), with_unmerged - with_merged))
             rows.append(row)
-            print(*row, flush=True)
+    bar.close()
     print(
         f"\nOne step of the same transformer in {str(dtype).removeprefix('torch.')}, {text} text and {picture} picture"
         f" tokens, in seconds; the smallest of {STEP_ROUNDS}. Merged layers are the same layers: the goal is 1.00. The"
@@ -269,33 +239,37 @@ def break_even(more_once: float, less_each_step: float) -> str:
     return str(max(1, math.ceil(more_once / less_each_step))) if less_each_step > 0 else "none"
 
 
-def drift() -> None:
+def drift() -> list[Goal]:
     """What swaps leave behind on a narrow model: fuse and unfuse beside merging from the base."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_random_flux(folder, FluxSize(heads=4, rope_axes=(8, 12, 12)), model="dev")
         ours = load(folder / "transformer")
         theirs = copy.deepcopy(ours)
-        pristine = Pristine.of(folder / "transformer", ours)
+        pristine = Pristine(folder / "transformer", ours)
         live = LiveWeights(ours, pristine)
         files = [new_lora(pristine, 16, seed) for seed in range(2)]
         sets = [parsed(file, pristine, str(i)) for i, file in enumerate(files)]
         load_adapters(theirs, files, range(2))
         rows = []
-        for swap in range(1, SWAPS + 1):
+        for swap in tqdm(range(1, SWAPS + 1), desc="drift", unit="swap"):
             live.apply(sets[swap % 2])
             theirs.set_adapters([f"lora{swap % 2}"])
             theirs.fuse_lora(adapter_names=[f"lora{swap % 2}"])
             theirs.unfuse_lora()
             if swap in (1, 10, 100, SWAPS):
                 live.apply({})
-                rows.append([swap, *drifted(ours, pristine, ""), *drifted(theirs, pristine, ".base_layer")])
+                ours_changed, ours_error = drifted(ours, pristine, "")
+                theirs_changed, theirs_error = drifted(theirs, pristine, ".base_layer")
+                errors = (f"{ours_error:.2g}", f"{theirs_changed:.1%}", f"{theirs_error:.2g}")
+                rows.append([swap, f"{ours_changed:.1%}", *errors])
     print("\nHow far the weights are from the checkpoint's after so many swaps, all LoRAs taken out again, bf16.")
     header = ["swaps", "ours: weights changed", "ours: error", "fuse/unfuse: weights changed", "fuse/unfuse: error"]
     table(header, rows)
+    return [Goal(f"weights changed after {SWAPS} swaps", ours_changed, 0)]
 
 
-def drifted(module: nn.Module, pristine: Pristine, suffix: str) -> tuple[str, str]:
+def drifted(module: nn.Module, pristine: Pristine, suffix: str) -> tuple[float, float]:
     """The share of weights that differ, and the norm of the difference relative to the weights'."""
     changed = count = 0
     error = norm = 0.0
@@ -304,7 +278,7 @@ def drifted(module: nn.Module, pristine: Pristine, suffix: str) -> tuple[str, st
         changed, count = changed + int((before != now).sum()), count + before.numel()
         error += float((now.double() - before.double()).square().sum())
         norm += float(before.double().square().sum())
-    return f"{changed / count:.1%}", f"{(error / norm) ** 0.5:.2g}"
+    return changed / count, (error / norm) ** 0.5
 
 
 if __name__ == "__main__":

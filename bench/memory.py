@@ -9,21 +9,41 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
-from bench._common import full_width_checkpoints, spread, table, weight_bytes
+from bench._common import (
+    Goal,
+    announce,
+    benchmark_parser,
+    full_width_checkpoints,
+    judge,
+    spread,
+    table,
+    weight_bytes,
+)
 
 SIDE = 1024
 SETUP_ROUNDS = 5
 MEMORY_GOAL, SETUP_GOAL = 1.15, 1.5
 MB = 2**20
+PARTS = ("forward", "request", "libraries", "decode", "setup")
 
 
 def main() -> None:
+    parser = benchmark_parser(__doc__, goals=True)
+    parser.add_argument(
+        "part", nargs="?", choices=PARTS, help="one measurement; the benchmark starts a process for each"
+    )
+    options = parser.parse_args()
+    if options.part:
+        print(json.dumps(measure(options.part)))
+        return
+    announce(180)
     folders = full_width_checkpoints()
     dev = {"dev": folders["dev"]}
     weights = weight_bytes(dev) / MB
-    forward, request, libraries = (json.loads(in_child(part)) for part in ("forward", "request", "libraries"))
-    decode = json.loads(in_child("decode"))
+    parts = tqdm(("forward", "request", "libraries", "decode"), desc="memory", unit="process")
+    forward, request, libraries, decode = (json.loads(in_child(part)) for part in parts)
     model = request - libraries
     rows = [
         ["libraries and interpreter", f"{libraries:.0f}"],
@@ -38,7 +58,7 @@ def main() -> None:
     table(["resident memory (MB)", ""], rows)
 
     reading, setup = [], []
-    for _ in range(SETUP_ROUNDS):
+    for _ in tqdm(range(SETUP_ROUNDS), desc="start-up", unit="round"):
         reading.append(read_files(folders))
         setup.append(json.loads(in_child("setup")))
     rows = [
@@ -48,6 +68,11 @@ def main() -> None:
         [f"ratio (goal: at most {SETUP_GOAL})", f"{statistics.median(setup) / statistics.median(reading):.2f}"],
     ]
     table(["start-up", ""], rows)
+    goals = [
+        Goal("peak without the libraries / (weights + transformer forward)", model / (weights + forward), MEMORY_GOAL),
+        Goal("setup() / reading the files", statistics.median(setup) / statistics.median(reading), SETUP_GOAL),
+    ]
+    judge(goals, check=options.check)
 
 
 def in_child(part: str) -> str:
@@ -95,15 +120,14 @@ def measure(part: str) -> Any:
         predict.Predictor().setup()
         return time.perf_counter() - started
     cpu = torch.device("cpu")
-    flux = load_flux({"dev": folders["dev"]}, cpu, compute_dtype(cpu))["dev"]
+    flux = load_flux({"dev": folders["dev"]}, cpu, compute_dtype(cpu))["dev"].exact
     job = Job(size=(SIDE, SIDE), steps=1, guidance=3.0, embeds=encode_prompt(flux, "a red circle"))
     if part == "request":
         decode(flux, denoise(flux, job, 0, lambda: None), job.size)
         return resident("VmHWM")
     latents = torch.zeros(1, (SIDE // 16) ** 2, 64, dtype=flux.dtype)
-    pipeline = flux.txt2img
     with torch.no_grad():
-        used = pipeline.transformer if part == "forward" else pipeline.vae
+        used = flux.transformer if part == "forward" else flux.vae
         sum(float(weight.sum()) for weight in used.parameters())  # page the weights in before counting
         before = resident()
         forget_peak()
@@ -115,7 +139,4 @@ def measure(part: str) -> Any:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:]:
-        print(json.dumps(measure(sys.argv[1])))
-    else:
-        main()
+    main()

@@ -4,7 +4,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import nn
 
-from bench._common import table
+from bench._common import announce, benchmark_parser, table
 from flux.fp8 import fp8_layers
 
 SIDE, TEXT_TOKENS, STEPS = 1024, 512, 28
@@ -13,6 +13,8 @@ BF16_FLOPS, FP8_FLOPS, BYTES_PER_SECOND = 989e12, 1979e12, 3.35e12
 
 
 def main() -> None:
+    benchmark_parser(__doc__).parse_args()
+    announce(10)
     with torch.device("meta"):
         transformer = FluxTransformer2DModel(guidance_embeds=True)
     picture = (SIDE // 16) ** 2

@@ -2,16 +2,17 @@
 
 import io
 import logging
+import statistics
 import sys
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
 
-from bench._common import spread, table
+from bench._common import Goal, announce, benchmark_parser, judge, seconds, spread, table
 from flux.device import choose_device
 from images import FORMATS
 from safety import Screener, load_screener
@@ -19,10 +20,14 @@ from settings import read_settings
 
 ROUNDS = 30
 SIDE = 1024
-GOAL_OF_ONE, GOAL_OF_FOUR = 1.0, 1.0
+GOALS = {"one / webp encode": 1.0, "four at once / four times one": 1.0}  # at most
 
 
 def main() -> None:
+    parser = benchmark_parser(__doc__, goals=True)
+    parser.add_argument("folder", nargs="?", type=Path, help="harmless pictures, each of which takes 0.1 seconds more")
+    options = parser.parse_args()
+    announce(60)
     logging.getLogger("flux-lora").setLevel(logging.WARNING)
     settings = read_settings()
     screener = load_screener(settings, choose_device(settings.flux_device))
@@ -31,48 +36,51 @@ def main() -> None:
         "RGB", [Image.radial_gradient("L"), Image.linear_gradient("L"), Image.new("L", (256, 256), 90)]
     )
     pictures = {"noise": noise, "a colour gradient": smooth.resize((SIDE, SIDE), Image.Resampling.BICUBIC)}
-    columns = {name: measure(screener, picture) for name, picture in pictures.items()}
-    rows = next(iter(columns.values()))
-    table(
-        [f"{screener.checker.name}, ms: median (range)", *columns],
-        [[row, *(column[row] for column in columns.values())] for row in rows],
-    )
-    for folder in sys.argv[1:2]:
-        false_alarms(screener, Path(folder))
+    times = {what: measure(screener, picture, what) for what, picture in pictures.items()}
+    ratios = {what: ratios_of(*columns.values()) for what, columns in times.items()}
+    rows = [
+        *([name, *(spread(column[name], 1) for column in times.values())] for name in times["noise"]),
+        *(
+            [f"{name} (goal: at most {goal:g})", *(spread(column[name]) for column in ratios.values())]
+            for name, goal in GOALS.items()
+        ),
+    ]
+    table([f"{screener.checker.name}, ms: median (range)", *pictures], rows)
+    if options.folder:
+        false_alarms(screener, options.folder)
+    goals = [
+        Goal(f"{name}, {what}", statistics.median(column[name]), goal)
+        for name, goal in GOALS.items()
+        for what, column in ratios.items()
+    ]
+    judge(goals, check=options.check)
 
 
-def measure(screener: Screener, picture: Image.Image) -> dict[str, str]:
-    """The three are timed in turn, so that whatever else the machine does slows each of them alike."""
-    timed: dict[str, list[float]] = {}
-    for _ in range(ROUNDS):
-        for name, action in (
-            ("screening one", lambda: screener.allowed([picture])),
-            ("screening four at once", lambda: screener.allowed([picture] * 4)),
-            ("bare webp encode", lambda: picture.save(io.BytesIO(), "WEBP", quality=80)),
-        ):
-            timed.setdefault(name, []).append(milliseconds(action))
-    one, four, encode = timed.values()
-    ratios = {
-        f"one / webp encode (goal: at most {GOAL_OF_ONE:g})": [a / b for a, b in zip(one, encode, strict=True)],
-        f"four at once / four times one (goal: below {GOAL_OF_FOUR:g})": [
-            a / (4 * b) for a, b in zip(four, one, strict=True)
-        ],
+def measure(screener: Screener, picture: Image.Image, what: str) -> dict[str, list[float]]:
+    """Milliseconds of three actions, timed in turn, so that whatever else the machine does slows each of them alike."""
+    actions: dict[str, Callable[[], object]] = {
+        "screening one": lambda: screener.allowed([picture]),
+        "screening four at once": lambda: screener.allowed([picture] * 4),
+        "bare webp encode": lambda: picture.save(io.BytesIO(), "WEBP", quality=80),
     }
-    return {name: spread(values, 1) for name, values in timed.items()} | {
-        name: spread(values) for name, values in ratios.items()
-    }
+    times: dict[str, list[float]] = {name: [] for name in actions}
+    for _ in tqdm(range(ROUNDS), desc=what, unit="round"):
+        for name, action in actions.items():
+            times[name].append(1000 * seconds(action))
+    return times
 
 
-def milliseconds(action: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    action()
-    return 1000 * (time.perf_counter() - started)
+def ratios_of(one: list[float], four: list[float], encode: list[float]) -> dict[str, list[float]]:
+    """The ratios of `GOALS`, round by round."""
+    to_encode = [a / b for a, b in zip(one, encode, strict=True)]
+    to_four_times_one = [a / (4 * b) for a, b in zip(four, one, strict=True)]
+    return dict(zip(GOALS, (to_encode, to_four_times_one), strict=True))
 
 
 def false_alarms(screener: Screener, folder: Path) -> None:
     """Every picture of the folder is taken to be harmless; the highest scores are listed."""
     scores = {}
-    for file in sorted(folder.rglob("*")):
+    for file in tqdm(sorted(folder.rglob("*")), desc=folder.name, unit="file"):
         if file.is_file():
             with suppress(UnidentifiedImageError):
                 picture = Image.open(file, formats=FORMATS).convert("RGB")

@@ -3,6 +3,7 @@
 import logging
 import math
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
+from tqdm import tqdm
 
 from bench._common import spread, table
 from fetch.limits import FetchLimits
@@ -28,8 +30,12 @@ COMMIT = "5f0c7a6e" * 5
 
 
 def main() -> None:
+    parser = benchmark_parser(__doc__, goals=True)
+    parser.add_argument("gigabytes", nargs="?", type=float, default=1.0, help="of the LoRA (default: %(default)g)")
+    options = parser.parse_args()
+    announce(20 + 30 * options.gigabytes)
     logging.getLogger("flux-lora").setLevel(logging.WARNING)
-    size = int(float(sys.argv[1] if len(sys.argv) > 1 else 1) * 10**9)
+    size = int(options.gigabytes * 10**9)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         file = folder / "lora.safetensors"
@@ -52,12 +58,18 @@ def main() -> None:
             ["a cached immutable reference, ms", spread(cached, 3), f"below {GOAL_CACHED:g}"],
         ],
     )
+    goals = [
+        Goal("fetch_lora / curl", statistics.median(rates["ratio"]), GOAL_CURL, at_least=True),
+        Goal("parallel / one stream", parallel[1] / parallel[0], GOAL_PARALLEL, at_least=True),
+        Goal("a cached immutable reference, ms", statistics.median(cached), GOAL_CACHED),
+    ]
+    judge(goals, check=options.check)
 
 
 def against_curl(file: Path, folder: Path) -> dict[str, list[float]]:
     rates: dict[str, list[float]] = {"curl": [], "fetch": [], "ratio": []}
     with file_server(file) as url:
-        for _ in range(ROUNDS):
+        for _ in tqdm(range(ROUNDS), unit="round"):
             started = time.perf_counter()
             subprocess.run(["curl", "-s", "-o", folder / "curl", url], check=True)
             rates["curl"].append(rate(file, started))

@@ -9,7 +9,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench._common import spread, table
+from tqdm import tqdm
+
+from bench._common import announce, benchmark_parser, spread, table
 from tools import ROOT
 
 ROUNDS = 7
@@ -17,8 +19,10 @@ INPUTS = {"prompt": "a red circle", "megapixels": "0.25", "num_inference_steps":
 
 
 def main() -> None:
+    benchmark_parser(__doc__).parse_args()
+    announce(13 * ROUNDS)
     stages: dict[str, list[float]] = {}
-    for _ in range(ROUNDS):
+    for _ in tqdm(range(ROUNDS), unit="round"):
         for name, seconds in one_run().items():
             stages.setdefault(name, []).append(seconds)
     rest = statistics.median(stages["all"]) - sum(statistics.median(v) for k, v in stages.items() if k != "all")
@@ -30,11 +34,11 @@ def main() -> None:
 
 
 def one_run() -> dict[str, float]:
-    help_seconds = timed([ROOT / "script" / "predict", "--help"])[0]
-    import_seconds = timed([sys.executable, "-c", "import predict"])[0]
+    help_seconds = timed(ROOT / "script" / "predict", "--help")[0]
+    import_seconds = timed(sys.executable, "-c", "import predict")[0]
     with tempfile.TemporaryDirectory() as folder:
-        command = [ROOT / "script" / "predict", "--json", json.dumps(INPUTS), "-o", Path(folder) / "picture"]
-        seconds, done = timed(command)
+        picture = Path(folder) / "picture"
+        seconds, done = timed(ROOT / "script" / "predict", "--json", json.dumps(INPUTS), "-o", picture)
     setup = re.findall(r"^(?:load safety checker|find weights|load models): (\d+\.\d+) s$", done.stderr, re.MULTILINE)
     return {
         "bash, Python, the client's imports (as --help)": help_seconds,
@@ -45,7 +49,7 @@ def one_run() -> dict[str, float]:
     }
 
 
-def timed(command: list[str | Path]) -> "tuple[float, subprocess.CompletedProcess[str]]":
+def timed(*command: str | Path) -> "tuple[float, subprocess.CompletedProcess[str]]":
     started = time.perf_counter()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     return time.perf_counter() - started, done
