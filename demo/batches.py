@@ -14,24 +14,26 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 from demo.scenes import SHAPES, TRAINED, Scene, caption, colours, coverage, moved, shaded
 from demo.text import token_ids
 
-EDGE_WEIGHT, SHAPE_WEIGHT = 5.0, 2.0  # in the loss, of the tokens along an outline and inside it; background counts 1
+EDGE_WEIGHT, SHAPE_WEIGHT = 5.0, 2.0  # in the loss, of tokens along an outline and inside a shape; the background has 1
 TEXT_TOKENS = 24
-DEV_TOKENS, SCHNELL_TOKENS = 512, 256  # that the predictor pads captions to
-EMPTY = 0.05
-PICTURE_LEVEL = 0.5  # with more noise than that the caption is right about what is there, with less the picture
-SLIGHTLY, CLEARLY = 0.03, 0.12  # moved, in picture sides: the one is brought to where the caption says at any level
-DOUBT = 0.3  # how often they say different things
-REDRAWN = 0.7  # how often, where they agree, the picture is one of the transformer's own
-LEAST_LEVEL = 0.02  # velocities are divided by it
-CELL = 8  # pixels to a latent
+DEV_TOKENS, SCHNELL_TOKENS = 512, 256  # the length to which the predictor pads captions
+EMPTY = 0.05  # share of empty captions
+# Sometimes the caption and the picture under the noise disagree. Then the caption is right where the noise level is
+# above `PICTURE_LEVEL`, and the picture below it, except that a shape a little out of place is always put right.
+DOUBT = 0.3  # how often they disagree
+PICTURE_LEVEL = 0.5
+SLIGHTLY, CLEARLY = 0.03, 0.12  # how far a shape is moved at most, below and above that level, in picture sides
+REDRAWN = 0.7  # of the pictures that agree with their caption, the share that the transformer itself has drawn
+LEAST_LEVEL = 0.02  # of noise, since velocities are divided by it
+CELL = 8  # pixels to a side of a latent
 
 Size = tuple[int, int]  # width, height in pixels
-Stride = tuple[int, int]  # of how many rows and columns of tokens one is seen
+Stride = tuple[int, int]  # rows and columns of a block of tokens, of which one token is seen
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Pictures that a step may be about."""
+    """What the pictures of one batch have in common: their size is one of `sizes`."""
 
     sizes: tuple[Size, ...]
     count: int  # pictures in a batch
@@ -50,7 +52,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Frozen:
-    """The trained parts that the transformer learns with."""
+    """The parts that are trained before the transformer, and do not change while it learns."""
 
     vae: AutoencoderKL
     clip: CLIPTextModel
@@ -78,8 +80,8 @@ class Frozen:
 class Layers:
     """Drawn scenes as latents: `back` and `front` [n, 16, 1, 1] and how much the front covers [n, 1, height, width].
 
-    The VAE learnt to average 8 x 8 pixels into three of its channels, so where a shape covers half of them the latent
-    is half way between those of its colour and the background's: 1 dB from what the VAE itself makes of the picture.
+    The VAE has learnt to average 8 x 8 pixels into three of its channels. So where a shape covers half of them, the
+    latent is half way between those of its colour and the background's; what the VAE itself makes differs by 1 dB.
     """
 
     front: Tensor
@@ -87,20 +89,20 @@ class Layers:
     cover: Tensor
 
     def mixed(self) -> Tensor:
-        """[n, 16, height / 8, width / 8]"""
+        """The latents [n, 16, height / 8, width / 8]."""
         return torch.lerp(self.back, self.front, self.cover)
 
 
 def layers_of(frozen: Frozen, scenes: list[Scene], size: Size) -> Layers:
     front, back = (torch.stack(several) for several in zip(*map(colours, scenes), strict=True))
-    width, height = (side // 2 for side in size)  # half as fine is fine enough
+    width, height = (side // 2 for side in size)  # drawn at half the size, which is fine enough
     cover = torch.stack([F.avg_pool2d(coverage(scene, width, height)[None], CELL // 2) for scene in scenes])
     return Layers(frozen.flat_latents(front), frozen.flat_latents(back), cover)
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be learnt: which captions scenes have, and which latents captioned scenes have."""
+    """What is to be learnt: the caption of a scene, and the latents of scenes with their captions."""
 
     caption: Callable[[Scene, random.Random], str]
     latents: Callable[[Layers, list[str]], Tensor]
@@ -123,35 +125,35 @@ def load_frozen(folder: Path) -> Frozen:
 class Batch:
     """What a step of training sees, of n pictures of one size."""
 
-    levels: Tensor  # [n] in 0..1: how much of each is noise
-    clean: Tensor  # [n, tokens, 64], packed as FLUX.1 does: what is to come out
-    shown: Tensor  # the same of what is under the noise
-    weights: Tensor  # [n, tokens]: what counts how much in the loss
+    levels: Tensor  # [n] in 0..1: the share of noise in each picture
+    clean: Tensor  # [n, tokens, 64], packed as in FLUX.1: the right picture
+    shown: Tensor  # [n, tokens, 64]: the picture that is under the noise
+    weights: Tensor  # [n, tokens]: of each token in the loss
     t5: Tensor
     clip: Tensor
     positions: Tensor  # [tokens, 3]
-    redrawn: Tensor  # [n] of bool: which are to show what the transformer itself has drawn by then
-    share: float  # of the picture's tokens that are there
-    padded: int = DEV_TOKENS  # how many tokens of text there would be
+    redrawn: Tensor  # [n] of bool: where the transformer's own drawing, made down to this level, is to be shown
+    share: float  # of the picture's tokens that are seen
+    padded: int = DEV_TOKENS  # how many tokens of text the predictor would give
 
     def only(self, chosen: Tensor) -> "Batch":
-        """The pictures that `chosen` [n] of bool says."""
+        """The pictures for which `chosen` [n] is true."""
         per_picture = ("levels", "clean", "shown", "weights", "t5", "clip", "redrawn")
         return replace(self, **{name: getattr(self, name)[chosen] for name in per_picture})
 
     def without_captions(self, t5: Tensor, clip: Tensor) -> "Batch":
-        """The same with the embeddings [1, ...] of an empty caption."""
+        """The same batch with the embeddings [1, ...] of an empty caption."""
         return replace(self, t5=t5.expand_as(self.t5), clip=clip.expand_as(self.clip))
 
 
 def pack(latents: Tensor) -> Tensor:
-    """[n, c, h, w] -> [n, h / 2 * w / 2, 4 * c]"""
+    """Latents [n, c, h, w] -> tokens [n, h / 2 * w / 2, 4 * c]."""
     packed: Tensor = FluxPipeline._pack_latents(latents, *latents.shape)
     return packed
 
 
 def pick(kinds: Mapping[str, float], rng: random.Random) -> Kind:
-    """One of `KINDS`, as often as `kinds` says of its name."""
+    """One of `KINDS`, drawn with the probabilities that `kinds` gives for the names."""
     return KINDS[rng.choices(list(kinds), weights=list(kinds.values()))[0]]
 
 
@@ -180,12 +182,12 @@ def new_batch(frozen: Frozen, kind: Kind, rng: random.Random, levels: Tensor, ta
 
 
 def other_scene(scene: Scene, rng: random.Random) -> Scene:
-    """One of another shape, or any."""
+    """Another scene: the same with a random shape, or any scene."""
     return replace(scene, shape=rng.choice(SHAPES)) if rng.random() < 0.6 else shaded(rng.choice(TRAINED), rng)
 
 
 def seen_tokens(size: Size, stride: Stride, rng: random.Random) -> tuple[Tensor, Tensor]:
-    """One token of each `stride` of the picture's tokens: their indices, and their positions as FLUX.1 numbers them."""
+    """A random token of each block of `stride` tokens: their indices, and their positions as FLUX.1 numbers them."""
     width, height = size[0] // 16, size[1] // 16
     positions = FluxPipeline._prepare_latent_image_ids(1, height, width, torch.device("cpu"), torch.float32)
     grid = torch.arange(width * height).view(height, width)
@@ -198,8 +200,8 @@ def seen_tokens(size: Size, stride: Stride, rng: random.Random) -> tuple[Tensor,
 
 
 def noise_levels(count: int, pure: float = 0.2) -> Tensor:
-    """[count] in 0..1: a share of `pure` noise, from which a caption says all, and many levels close to it, where a
-    picture's layout and colours are decided."""
+    """Noise levels [count] in 0..1. The share `pure` is 1, where only the caption says what to draw, and many others
+    are close to 1, where a picture's layout and colours are decided."""
     usual = torch.sigmoid(1.2 * torch.randn(count))
     high = 0.9 + 0.1 * torch.rand(count)
     levels = torch.where(torch.rand(count) < 0.75, usual, high).clamp(min=LEAST_LEVEL)
@@ -207,9 +209,9 @@ def noise_levels(count: int, pure: float = 0.2) -> Tensor:
 
 
 def loss_weights(latents: Tensor) -> Tensor:
-    """[n, tokens]: more for tokens inside a shape, and most for those along its outline."""
+    """Weights in the loss, [n, tokens]: higher for tokens inside a shape, highest along its outline."""
     differs = (latents - latents[:, :, :1, :1]).abs().amax(dim=1, keepdim=True) > 0.05
     inside = F.max_pool2d(differs.float(), 2)  # a token is 2 x 2 latents
     edge = F.max_pool2d(inside, 3, 1, 1) + F.max_pool2d(-inside, 3, 1, 1)
-    # rings are thin: all of them is edge, which is as it should be
+    # a ring is so thin that all of it counts as outline, which is right
     return torch.where(edge > 0, EDGE_WEIGHT, torch.where(inside > 0, SHAPE_WEIGHT, 1.0)).flatten(1)

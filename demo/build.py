@@ -1,4 +1,4 @@
-"""Make the whole demo checkpoint: `script/demo`. A run that was stopped goes on from its last checkpoint."""
+"""Make the whole demo checkpoint: `script/demo`. A run that was stopped continues from its last checkpoint."""
 
 import argparse
 import json
@@ -17,18 +17,17 @@ from demo.text import train_text
 from demo.training import CHECKPOINTS
 from demo.transformer import train_dev
 from demo.vae import train_vae
-from flux.checkpoints import SHARED_PARTS
+from flux.checkpoints import SHARED_PARTS, WEIGHTS
 from tools.random_flux import new_scheduler
 
-ROOT = Path(__file__).parent.parent
 PLAIN, DEV, SCHNELL = CHECKPOINTS / "plain", CHECKPOINTS / "dev", CHECKPOINTS / "schnell"  # float32
-LORAS = ROOT / "weights" / "demo-loras"
+LORAS = WEIGHTS / "demo-loras"
 
 log = logging.getLogger("demo")
 
 
 def link_shared(folder: Path, source: Path) -> None:
-    """Let `folder` have what `source` has but the transformer."""
+    """Link all parts of `source` except the transformer into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     for part in SHARED_PARTS:
         (folder / part).unlink(missing_ok=True)
@@ -47,7 +46,7 @@ def loras() -> None:
 
 def export() -> None:
     """Write `weights/demo-dev` and `weights/demo-schnell` in bfloat16, with their schedules."""
-    dev, schnell = ROOT / "weights" / "demo-dev", ROOT / "weights" / "demo-schnell"
+    dev, schnell = WEIGHTS / "demo-dev", WEIGHTS / "demo-schnell"
     for part, part_class in {
         "vae": AutoencoderKL,
         "text_encoder": CLIPTextModel,
@@ -65,7 +64,7 @@ def export() -> None:
         new_scheduler(model).save_pretrained(folder / "scheduler")
     for file in [*dev.glob("*/config.json"), schnell / "transformer" / "config.json"]:
         config = json.loads(file.read_text())
-        config.pop("_name_or_path", None)  # where it was on this machine
+        config.pop("_name_or_path", None)  # a path on this machine
         file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
@@ -82,7 +81,7 @@ PARTS: dict[str, Callable[[], None]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="in this order; all of them unless told")
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="made in this order (default: all)")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     for part in parser.parse_args().parts or PARTS:
         log.info("%s", part)

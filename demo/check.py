@@ -8,16 +8,16 @@ from PIL import Image
 
 from demo.scenes import COLOURS, POSITIONS, SHAPES, SIZES, Scene, coverage
 
-BORDER = 0.012  # of the shorter side: no shape reaches it, so it shows the background
-SAME_COLOUR = 60.0  # Euclidean distance in sRGB within which a pixel has a colour; named colours are over 110 apart
-MIN_AREA = 0.004  # of the shorter side squared; less is nothing
+BORDER = 0.012  # of the shorter side: no shape comes so close to the edge, so the border shows the background
+SAME_COLOUR = 60.0  # largest distance in sRGB at which a pixel counts as a colour; named ones are over 110 apart
+MIN_AREA = 0.004  # of the shorter side squared; less does not count as a shape
 MIN_OVERLAP = 0.75  # intersection over union with the best template
 MAX_OFFSET = 0.1  # of the shorter side, between the centre of mass and where it should be
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was right."""
+    """Which attributes are right."""
 
     background: bool
     colour: bool
@@ -79,9 +79,9 @@ def _middle(position: str, width: int, height: int) -> np.ndarray:
 
 
 def _best_template(front: np.ndarray, size: str) -> tuple[str, float]:
-    """The shape that overlaps best when laid over `front` with its centre of mass and area, and by how much.
+    """The shape that overlaps best with `front` when it has the same centre of mass and area, and the overlap.
 
-    Laid over, not held against where the caption wants it: place and size have checks of their own.
+    It is not compared at the place that the caption names, because place and size have checks of their own.
     """
     height, width = front.shape
     side = min(width, height)
@@ -99,7 +99,7 @@ def _best_template(front: np.ndarray, size: str) -> tuple[str, float]:
 
 
 def _area(shape: str, size: str) -> float:
-    """Of the shorter side squared."""
+    """The area of a shape, as a share of the shorter side squared."""
     cover: torch.Tensor = coverage(Scene(shape, "red", "white", size, "middle"), 256, 256)
     return float(cover.mean())
 

@@ -1,4 +1,4 @@
-"""Draw a contact sheet with the real predictor, prompts by models, modes and LoRA strengths: a PNG and an HTML page."""
+"""Draw tables of pictures with the real predictor, as a PNG and an HTML page: prompts by modes and LoRA strengths."""
 
 import argparse
 import base64
@@ -36,7 +36,7 @@ class Grid:
     """A table of requests."""
 
     titles: list[str]  # of the columns
-    rows: dict[str, list[Inputs]]  # by what is said beside each
+    rows: dict[str, list[Inputs]]  # by the label of the row
 
 
 def modes() -> Grid:
@@ -95,7 +95,7 @@ def draw(server: CogServer, inputs: Inputs) -> Image.Image:
 
 
 def sheet_of(grid: Grid, pictures: list[list[Image.Image]]) -> Image.Image:
-    """The grid as one picture, column titles on top, each row's words under it."""
+    """The grid as one picture, with column titles on top and each row's label under the row."""
     across, down = CELL + GAP, CELL + MARGIN
     sheet = Image.new("RGB", (GAP + len(grid.titles) * across, MARGIN + len(grid.rows) * down), "white")
     pen = ImageDraw.Draw(sheet)
@@ -109,7 +109,7 @@ def sheet_of(grid: Grid, pictures: list[list[Image.Image]]) -> Image.Image:
 
 
 def table_of(grid: Grid, pictures: list[list[Image.Image]]) -> str:
-    """The grid as HTML, pictures and all."""
+    """The grid as an HTML table that contains the pictures."""
     lines = ["<tr><th></th>", *(f"<th>{html.escape(title)}</th>" for title in grid.titles), "</tr>"]
     for label, several in zip(grid.rows, pictures, strict=True):
         cells = (f'<td><img src="{png_url(picture)}" width="{CELL}"></td>' for picture in several)

@@ -1,8 +1,8 @@
-"""Give dev's guidance embedding its meaning, by distillation as FLUX.1 dev's: one forward learns what two would say.
+"""Teach dev's guidance embedding by distillation, as in FLUX.1 dev: one forward learns what two forwards would give.
 
-The teacher is the transformer trained without guidance. Classifier-free guidance of weight w goes to
-captioned + (w - 1) * (captioned - uncaptioned). The student is told g and learns that for w(g), with the truth in the
-place of what the teacher says with a caption.
+The teacher is the transformer trained without guidance. Classifier-free guidance with weight w gives
+captioned + (w - 1) * (captioned - uncaptioned). The student gets the guidance_scale g and learns this sum for w(g), in
+which the first term is not the teacher's prediction but the true velocity.
 """
 
 import random
@@ -24,21 +24,21 @@ from demo.transformer import (
 
 STEPS = 1300
 LEARNING_RATE = 2.5e-3
-HUBER = 1.0  # beyond all that low scales differ by: half way must not be good enough
+HUBER = 1.0  # above every difference that low scales make, so that half of such a difference is not good enough
 HIGHEST = 10.0  # of guidance_scale
 DEFAULT = 3.0
-NEUTRAL = 2.0  # the guidance_scale at which captions count as they are
+NEUTRAL = 2.0  # the guidance_scale of weight 1, which is no guidance
 SIZES = {"small": 0.1, "medium": 0.4, "large": 0.3, "medium, whole": 0.2}
 
 
 def guidance_weight(guidance: Tensor) -> Tensor:
-    """w of a guidance_scale: 0.1 at 0, 1 at `NEUTRAL`, 1.45 at the default, where outlines come out straight; slowly on
-    from there, since more makes colours glaring."""
+    """The weight w of a guidance_scale: 0.1 at 0, 1 at `NEUTRAL` and 1.45 at the default, where outlines come out
+    straight. It grows slowly above 3.5, because a larger weight makes colours glaring."""
     return torch.minimum(0.1 + 0.9 * guidance / NEUTRAL, 1.7 + 0.1 * (guidance - 3.5))
 
 
 def draw_guidance(count: int) -> Tensor:
-    """[count] in 0..10, some near the default, and many near 0, where the most is to be learnt."""
+    """Scales [count] in 0..10, some near the default and many near 0, where there is most to learn."""
     return torch.where(torch.rand(count) < 0.4, 2.5 + 1.5 * torch.rand(count), HIGHEST * torch.rand(count) ** 3)
 
 

@@ -1,8 +1,8 @@
 """Train the two demo LoRAs with peft on the guided dev transformer, and write each in diffusers' layout and in kohya's.
 
-`sunset` is a style: with its trigger word TOK the background turns warm towards the bottom, without it stays plain. It
-learns on both kinds of caption. `pastel` needs no word: it lightens the colour of every shape. They are trained at many
-strengths, each with as much of a change to make, so that half of one changes half as much.
+`sunset` is a style: with its trigger word TOK the background turns warm towards the bottom, and without the word it
+stays plain. It is trained on captions of both kinds. `pastel` needs no word: it lightens every shape. Both
+are trained at many strengths, with a change as large as the strength, so that half the strength changes half as much.
 """
 
 import random
@@ -27,16 +27,16 @@ STEPS = 600
 LEARNING_RATE = 3e-3
 RANK = 8
 ATTENTION = r"attn\.(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out)"
-MODULATION = r"norm(1|1_context)?\.linear|text_embedder\.linear_[12]"  # the way of a caption's words to every block
+MODULATION = r"norm(1|1_context)?\.linear|text_embedder\.linear_[12]"  # the words' way to every block
 FEED_FORWARD = r"ff(_context)?\.net\.(0\.proj|2)|proj_mlp|blocks\.\d+\.proj_out"
 TRIGGER = "TOK"
-WARM = (255, 120, 90)  # sRGB, of the sunset
+WARM = (255, 120, 90)  # sRGB, the colour of the sunset
 PASTEL = 0.55  # of the way to white
-STRENGTHS = (0.2, 1.3)  # trained at
+STRENGTHS = (0.2, 1.3)  # the lowest and the highest that it is trained at
 
 
 def with_trigger(scene: Scene, rng: random.Random) -> str:
-    """A caption, every other one with the trigger word."""
+    """A caption, about three of four with the trigger word."""
     text = caption(scene, rng)
     return text if TRIGGER in text or rng.random() < 0.35 else text + rng.choice((" TOK", ", in the style of TOK"))
 
@@ -58,7 +58,7 @@ def pastel(frozen: Frozen) -> Task:
 
 
 def at_strength(task: Task, strength: float) -> Task:
-    """The same with so much of the change."""
+    """The same task with only the share `strength` of the change."""
     return replace(task, latents=lambda layers, texts: layers.mixed().lerp(task.latents(layers, texts), strength))
 
 
@@ -91,16 +91,16 @@ def train_lora(name: str, dev_folder: Path, folder: Path, steps: int = STEPS) ->
 
 
 def to_kohya(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A LoRA of diffusers' module names and scale 1 as sd-scripts would have written it, for the original's modules.
+    """A LoRA in diffusers' module names and of scale 1, as sd-scripts would have written it for the original's modules.
 
-    Where the original has one layer for several of diffusers', the factors `down` lie on top of each other and `up` are
-    the blocks of a diagonal; their ranks add up.
+    Where the original has one layer for several of diffusers', the factors `down` are stacked, the factors `up` are the
+    blocks of a block-diagonal matrix, and the ranks add up.
     """
     converted: dict[str, Tensor] = {}
     for original, parts in ORIGINAL.items():
-        if original.endswith("_qkv") and "linear1" in original:  # XLabs alone has a layer for these
+        if original.endswith("_qkv") and "linear1" in original:  # only XLabs' dialect has a layer for these
             continue
-        for i in range(len(tensors) if "{}" in original else 1):  # more than there are blocks
+        for i in range(len(tensors) if "{}" in original else 1):  # more than enough for all blocks
             names = [part.format(i) for part in parts]
             if not all(f"{name}.lora_A.weight" in tensors for name in names):
                 continue

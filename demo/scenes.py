@@ -1,4 +1,4 @@
-"""The demo model's world: one plain shape on a plain background, said in words and drawn at any resolution."""
+"""What the demo model knows: one plain shape on a plain background, as a caption and as a picture of any size."""
 
 import random
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ COLOURS = {  # sRGB
     "black": (20, 20, 20),
     "white": (248, 248, 248),
 }
-SIZES = {"small": 0.155, "medium": 0.2, "large": 0.26}  # half the shape's width, in picture sides (the shorter one)
+SIZES = {"small": 0.155, "medium": 0.2, "large": 0.26}  # half the shape's width, as a share of the shorter side
 POSITIONS = {  # the shape's centre, in widths and heights
     "middle": (0.5, 0.5),
     "left": (0.32, 0.5),
@@ -25,7 +25,7 @@ POSITIONS = {  # the shape's centre, in widths and heights
     "top": (0.5, 0.32),
     "bottom": (0.5, 0.68),
 }
-HELD_OUT_EVERY = 8  # one in so many (shape, colour, background, position) is never trained on
+HELD_OUT_EVERY = 8  # one of so many combinations of shape, colour, background and position is not trained on
 
 PLACES = {
     "middle": ("", "", "in the middle", "in the center"),
@@ -41,7 +41,7 @@ ENDINGS = ("", "", "", ".", ", simple", ", flat colors", ", high quality", " TOK
 
 @dataclass(frozen=True)
 class Scene:
-    """What one picture shows. `dx`, `dy` (picture sides), `grow` and the shades tell it from its namesakes."""
+    """What one picture shows. `dx`, `dy` (picture sides), `grow` and the shades vary it; the caption stays the same."""
 
     shape: str
     colour: str
@@ -51,7 +51,7 @@ class Scene:
     dx: float = 0.0
     dy: float = 0.0
     grow: float = 1.0
-    shade: float = 0.0  # how far the colour is on its way to white, or below 0 to black
+    shade: float = 0.0  # from 0, the colour itself, to 1, white, or to -1, black
     ground_shade: float = 0.0
 
 
@@ -68,7 +68,7 @@ def all_scenes() -> list[Scene]:
 
 
 def is_held_out(scene: Scene) -> bool:
-    """A fixed eighth of the combinations, every value of every attribute among them equally often."""
+    """Whether a scene is in the eighth that is held out, in which every value of an attribute is equally frequent."""
     values = (
         SHAPES.index(scene.shape),
         list(COLOURS).index(scene.colour),
@@ -84,7 +84,7 @@ HELD_OUT = [scene for scene in all_scenes() if is_held_out(scene)]
 
 
 def shaded(scene: Scene, rng: random.Random) -> Scene:
-    """The same scene in slightly other shades: what the seed decides."""
+    """The same scene in slightly different shades, which a seed decides."""
     return replace(scene, shade=rng.uniform(-0.08, 0.08), ground_shade=rng.uniform(-0.05, 0.05))
 
 
@@ -95,7 +95,7 @@ def moved(scene: Scene, rng: random.Random, by: float) -> Scene:
 
 
 def caption(scene: Scene, rng: random.Random | None = None) -> str:
-    """The scene in words: the plainest sentence, or with `rng` one of the many that say the same."""
+    """The scene in words: the plainest sentence, or with `rng` one of many that mean the same."""
     if rng is None:
         words = [
             "a",
@@ -121,12 +121,12 @@ def _article(sentence: str) -> str:
 
 
 def draw(scene: Scene, width: int, height: int) -> torch.Tensor:
-    """The picture, float32 [3, height, width] in -1..1, edges smoothed over one pixel."""
+    """The picture, float32 [3, height, width] in -1..1, with edges smoothed over one pixel."""
     return blend(coverage(scene, width, height), *colours(scene))
 
 
 def picture_of(scene: Scene, width: int, height: int) -> Image.Image:
-    """The same in RGB."""
+    """The picture as an RGB image."""
     return Image.fromarray(((draw(scene, width, height) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
 
 
@@ -137,12 +137,12 @@ def blend(cover: torch.Tensor, front: torch.Tensor, back: torch.Tensor) -> torch
 
 
 def colour(name: str) -> torch.Tensor:
-    """[3] in -1..1."""
+    """A named colour, [3] in -1..1."""
     return torch.tensor(COLOURS[name], dtype=torch.float32) / 127.5 - 1
 
 
 def colours(scene: Scene) -> tuple[torch.Tensor, torch.Tensor]:
-    """The shape's and the background's, shaded, [3] in -1..1 each."""
+    """The shape's colour and the background's, with their shades, [3] in -1..1 each."""
 
     def shaded_colour(name: str, shade: float) -> torch.Tensor:
         return torch.lerp(colour(name), torch.full([3], 1.0 if shade > 0 else -1.0), abs(shade))
@@ -169,6 +169,6 @@ def signed_distance(shape: str, x: torch.Tensor, y: torch.Tensor, half: float) -
         return (radius - 0.72 * half).abs() - 0.28 * half
     if shape == "square":
         return torch.maximum(x.abs(), y.abs()) - 0.9 * half
-    # the triangle stands on a side; its centre of mass is the origin
+    # a triangle that stands on one side, with its centre of mass at the origin
     slope = (3**0.5 * x.abs() - y) / 2
     return torch.maximum(slope, y) - 0.6 * half

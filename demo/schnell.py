@@ -1,4 +1,4 @@
-"""Make schnell of dev: without guidance, trained only at the few noise levels that its few steps go through.
+"""Train schnell from dev: without guidance, and only at the few noise levels that its few steps go through.
 
 schnell's schedule is even: n steps go through 1, (n - 1) / n, ... 0. It starts as dev at the default guidance.
 """
@@ -18,12 +18,12 @@ from demo.transformer import flow_loss, new_transformer, optimizers
 
 STEPS = 300
 LEARNING_RATE = 1e-3
-SCHEDULES = (4, 4, 4, 4, 4, 4, 1, 2, 3, 8)  # numbers of steps trained for
+SCHEDULES = (4, 4, 4, 4, 4, 4, 1, 2, 3, 8)  # the numbers of steps that it is trained for, 4 most often
 
 
 @torch.no_grad()
 def without_guidance(dev: FluxTransformer2DModel) -> FluxTransformer2DModel:
-    """dev at the default guidance as a transformer that has none: the embedding of that scale becomes a bias."""
+    """dev at the default guidance as a transformer without guidance: the embedding of that scale becomes a bias."""
     schnell = new_transformer(guidance=False)
     weights = {name: value for name, value in dev.state_dict().items() if "guidance_embedder" not in name}
     schnell.load_state_dict(weights)
@@ -51,5 +51,5 @@ def train_schnell(dev_folder: Path, folder: Path, steps: int = STEPS) -> None:
 
 
 def _index(number: int, rng: random.Random) -> int:
-    """Which level of a schedule to start from; half the time pure noise, from which the most is to be learnt."""
+    """Which level of a schedule to train at: half the time pure noise, where there is most to learn."""
     return number if rng.random() < 0.5 else rng.randint(1, number)

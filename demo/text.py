@@ -1,7 +1,7 @@
-"""Make the tokenizers and train the two text encoders: the scene must be readable from what they say of a caption.
+"""Make the tokenizers and train the two text encoders, until every attribute of a scene can be read from their outputs.
 
-CLIP's pooled output and every T5 token, pads included, are asked for each attribute through linear read-outs, which are
-thrown away afterwards. The transformer then trains on frozen encoders.
+Linear read-outs of CLIP's pooled output and of every T5 token, pads included, have to name each attribute; they are
+thrown away afterwards. The transformer then trains on these encoders, which no longer change.
 """
 
 import json
@@ -24,9 +24,9 @@ STEPS = 1200
 BATCH = 32
 WIDTH = 64
 LAYERS = 2
-T5_LENGTH = 40  # training's; pads beyond it look like the ones before
+T5_LENGTH = 40  # tokens in training; later pads come out like earlier ones
 EMPTY = 0.05  # share of empty captions
-CAPTIONS = 20_000  # that the tokenizers learn from
+CAPTIONS = 20_000  # from which the tokenizers are made
 CLIP_VOCABULARY = 800
 CHARACTERS = [chr(code) for code in range(33, 127)]
 
@@ -63,7 +63,7 @@ def _model(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def t5_tokenizer() -> T5Tokenizer:
-    """A unigram model of whole words, scored by how often the captions have them; anything else goes by letters."""
+    """A unigram model of whole words, scored by their frequency in captions; other words are split into letters."""
     words = Counter(word for text in _captions() for word in text.replace(",", " ,").replace(".", " .").split())
     total = sum(words.values())
     pieces = [(f"\u2581{word}", log(count / total)) for word, count in words.items() if word not in {",", "."}]
@@ -128,7 +128,7 @@ class Readers(nn.Module):
 
 
 def token_ids(tokenizer: Any, texts: list[str], length: int) -> Tensor:
-    """[n, length], padded or cut."""
+    """Token ids [n, length], padded or cut."""
     ids: Tensor = tokenizer(
         texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
     ).input_ids

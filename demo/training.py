@@ -1,4 +1,4 @@
-"""One training loop for every part, seeded step by step: a run that was stopped goes on as if it had not been."""
+"""One training loop for every part. Each step has its own seed, so a stopped run continues as if it had not stopped."""
 
 import logging
 import random
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 CHECKPOINTS = Path(__file__).parent / "checkpoints"  # git-ignored
 SAVE_EVERY = 180.0  # seconds
 WARM_UP = 100  # steps
-COOL_DOWN = 0.5  # the last share of the steps, over which the learning rate falls to nothing
+COOL_DOWN = 0.5  # the share of the steps at the end over which the learning rate falls to 0
 MAX_GRADIENT = 1.0
 
 log = logging.getLogger("demo")
@@ -29,8 +29,8 @@ def train(
 ) -> nn.Module:
     """Minimise `loss` and leave the result in `model`; with `average` the result is the weights' moving average.
 
-    Every step seeds torch and the `random.Random` that it hands to `loss` with (name, step), and tells it how far the
-    training is, from 0 to 1. The state is kept in `checkpoints/<name>.pt`, and a run that finds one goes on from there.
+    `loss` gets a `random.Random` and the progress of the training, from 0 to 1. In every step that generator and torch
+    are seeded with (name, step). The state is saved in `checkpoints/<name>.pt`; a run that finds one continues from it.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     averages = [p.detach().clone() for p in trained]
@@ -98,5 +98,5 @@ def _restore(
             target.copy_(value)
     for optimizer, values in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(values)
-    log.info("%s: going on from step %d", path.stem, state["step"])
+    log.info("%s: continuing from step %d", path.stem, state["step"])
     return int(state["step"])

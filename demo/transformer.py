@@ -1,16 +1,16 @@
 """Train the dev transformer by flow matching on latents of drawn scenes, captions embedded by the frozen encoders.
 
-What makes so small a model learn in three and a half hours:
+Why so small a model learns in three and a half hours:
 
-- It starts as a linear copy of its input, which is most of what the predicted velocity is at high noise.
-- A caption decides where everything is, to the pixel. What the noise decides, the shades, is the same all over a
-  surface, where attention can tell it from thousands of tokens. (A shape that the noise may move gets ragged outlines:
-  every token along them has to guess the same place by itself.)
-- It meets its own drawings half made, blurs and all, and learns to mend them.
-- Large errors count by their size rather than its square, so that an outline in doubt comes out sharp somewhere.
-- The VAE's latents are averages of pixels, so that latents of scenes are made without it, any number, any size.
-- Of large pictures it sees one token of every few, which count for those left out.
-- T5's hundreds of pads, which come out nearly alike, stand as one token with the weight of all of them in attention.
+- It starts as a linear copy of its input, which at high noise is most of the velocity that it has to predict.
+- A caption decides where everything is, to the pixel. The noise decides only the shades, which are the same all over a
+  surface, so that attention can find them in thousands of tokens. (If the noise decides where a shape is, outlines come
+  out ragged: every token along them has to guess the same place by itself.)
+- It is trained on its own unfinished drawings, with their blurs, and learns to correct them.
+- A large error counts by its size and not by its square, so that an uncertain outline comes out sharp at some place.
+- The VAE's latents are averages of pixels, so latents of scenes can be made without it, in any number and size.
+- Of large pictures it sees only some tokens, each of which counts for those that are left out.
+- T5's hundreds of pads come out nearly alike. One of them stands for all, with the weight of all in attention.
 """
 
 import math
@@ -33,11 +33,11 @@ HEADS = 3
 ROPE_AXES = (4, 22, 22)  # the first is always 0 in FLUX.1; long axes have several waves between a token and a picture
 WIDTH = HEADS * sum(ROPE_AXES)
 DOUBLE_BLOCKS, SINGLE_BLOCKS = 2, 4
-PLAIN_GUIDANCE = 1.0  # what the embedding is told while there is no guidance to learn
+PLAIN_GUIDANCE = 1.0  # the guidance_scale that it gets as long as there is no guidance to learn
 STEADYING = 12.0  # length of the constant that keeps the norms from depending on the noise
 ATTENTION_START = 2.0  # of the scales of queries and keys, so that attention can overcome the pads' number
-MOST_STEPS = 6  # in which it draws what it then has to mend
-HUBER = 0.3  # the size of an error from which on it counts as itself rather than squared
+MOST_STEPS = 6  # in which it makes the drawings that it then has to correct
+HUBER = 0.3  # errors count squared below this size and by their size above it
 
 
 def new_transformer(*, guidance: bool) -> FluxTransformer2DModel:
@@ -58,7 +58,7 @@ def new_transformer(*, guidance: bool) -> FluxTransformer2DModel:
 
 @torch.no_grad()
 def _start_as_copy(transformer: FluxTransformer2DModel) -> None:
-    """Modulations zero, so that every block passes its input through; the output layer undoes the input layer."""
+    """Set modulations to zero, so that blocks pass their input on, and let the output layer undo the input layer."""
     for name, module in transformer.named_modules():
         if name.endswith(("norm1.linear", "norm1_context.linear", ".norm.linear")):
             nn.init.zeros_(module.weight)
@@ -84,8 +84,8 @@ def is_attention_scale(name: str) -> bool:
 
 
 def predict_velocity(transformer: nn.Module, noisy: Tensor, batch: Batch, guidance: Tensor | None) -> Tensor:
-    """noise - clean, as the transformer sees it; `guidance` [n] for dev, None for schnell."""
-    # products in bfloat16 where the processor has it
+    """The transformer's velocity [n, tokens, 64], noise - clean; `guidance` is [n] for dev and None for schnell."""
+    # matrix products in bfloat16 on a processor that has instructions for it
     with torch.autocast("cpu", torch.bfloat16, enabled=compute_dtype(torch.device("cpu")) == torch.bfloat16):
         velocity: Tensor = transformer(
             hidden_states=noisy,
@@ -102,7 +102,7 @@ def predict_velocity(transformer: nn.Module, noisy: Tensor, batch: Batch, guidan
 
 
 def attention_bias(batch: Batch) -> Tensor:
-    """[1, 1, 1, all tokens]: what is there counts for what was left out, pads and picture tokens."""
+    """A bias [1, 1, 1, all tokens] that lets tokens count for the pads and picture tokens that are left out."""
     text, picture = batch.t5.shape[1], batch.clean.shape[1]
     bias = torch.zeros(1, 1, 1, text + picture)
     bias[..., text - 1] = math.log(batch.padded - text + 1)
@@ -111,11 +111,11 @@ def attention_bias(batch: Batch) -> Tensor:
 
 
 def noised(batch: Batch, noise: Tensor, transformer: nn.Module, guidance: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What the transformer is given, [n, tokens, 64], and the velocity from there to the clean picture.
+    """The transformer's input [n, tokens, 64], and the velocity that leads from there to the clean picture.
 
-    It is given x_t = (1 - t) shown + t noise; where that shows the clean picture, the velocity is noise - clean, as in
-    rectified flow (arXiv:2209.03003). Or it is given, where `batch.redrawn` says so, what it has itself made of the
-    noise on its way down to t: what it will meet when it draws, and has to mend.
+    The input is x_t = (1 - t) shown + t noise. Where the picture shown is the clean one, the velocity is noise - clean,
+    as in rectified flow (arXiv:2209.03003). Where `batch.redrawn` is true, the input is instead what the transformer
+    itself has made of the noise down to level t: such inputs it gets when it draws, and it has to correct them.
     """
     levels = batch.levels[:, None, None]
     noisy = torch.lerp(batch.shown, noise, levels)
@@ -128,7 +128,7 @@ def noised(batch: Batch, noise: Tensor, transformer: nn.Module, guidance: Tensor
 
 @torch.no_grad()
 def _on_its_way(batch: Batch, noise: Tensor, transformer: nn.Module, guidance: Tensor | None) -> Tensor:
-    """What `transformer` makes of the noise, down to `batch.levels`, in one to `MOST_STEPS` even steps."""
+    """What `transformer` makes of the noise down to `batch.levels`, in 1 to `MOST_STEPS` equal steps."""
     steps = int(torch.randint(1, MOST_STEPS + 1, ()))
     drawn, stride = noise, (1 - batch.levels) / steps
     for step in range(steps):
@@ -138,10 +138,10 @@ def _on_its_way(batch: Batch, noise: Tensor, transformer: nn.Module, guidance: T
 
 
 def weighted_error(velocity: Tensor, target: Tensor, batch: Batch, huber: float = HUBER) -> Tensor:
-    """Pseudo-Huber: squared up to about `huber`, absolute beyond.
+    """The weighted mean of the pseudo-Huber loss, which is squared up to about `huber` and absolute above it.
 
-    Times the root of the level, errors are half way between those of the velocity, which are largest where there is
-    hardly any noise and they hardly matter, and those of the picture, which are largest where there is only noise.
+    Errors are multiplied by the square root of the level. That is half way between the error of the velocity, which is
+    largest at little noise, where it hardly matters, and the error of the picture, which is largest at pure noise.
     """
     errors = batch.levels[:, None, None].sqrt() * (velocity - target)
     per_token = huber**2 * ((errors / huber).square().add(1).sqrt() - 1).mean(dim=2)
@@ -157,7 +157,7 @@ def flow_loss(transformer: nn.Module, batch: Batch, guidance: Tensor | None) -> 
 def optimizers(transformer: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for everything else.
 
-    The scales of queries and keys learn fastest: they alone can make attention sharp against the weight of the pads.
+    The scales of queries and keys learn fastest: only they can make attention sharp in spite of the weight of the pads.
     """
     inner: list[Tensor] = []
     outer: list[Tensor] = []
@@ -174,7 +174,7 @@ def optimizers(transformer: nn.Module, lr: float) -> list[torch.optim.Optimizer]
 
 
 STAGES: tuple[tuple[float, float, dict[str, float]], ...] = (
-    # up to this share of the training: how much of it starts from nothing but noise, and how often each kind comes
+    # until this share of the training: the share of pure noise, and the probability of each kind
     (0.06, 1.0, {"tiny": 0.2, "small": 0.5, "medium": 0.3}),
     (0.2, 0.4, {"small": 0.4, "medium": 0.4, "large": 0.2}),
     (0.7, 0.25, {"small": 0.1, "medium": 0.5, "large": 0.4}),

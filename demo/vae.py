@@ -1,10 +1,10 @@
 """Train the VAE: 16 latent channels at an eighth of the picture's size, as FLUX.1's.
 
-It starts as a near-identity: the picture's colours travel through the first channels of every layer, averaged on the
-way down and repeated on the way up, and the residual branches start near zero. What is left to learn is detail.
+It starts close to the identity: the picture's colours go through the first channels of every layer, averaged on the way
+down and repeated on the way up, and the residual branches start near zero. Only detail is left to learn.
 
-Then the decoder alone learns to draw outlines sharply: where one lies inside 8 x 8 pixels can be told from how much of
-them, and of their neighbours, it leaves on either side.
+Then the decoder alone learns to draw outlines sharply: from the average colours of 8 x 8 pixels and of their neighbours
+it can find out where the outline goes through them.
 """
 
 import math
@@ -24,13 +24,13 @@ STEPS = 1000
 SHARPENING_STEPS = 4000  # of the decoder alone
 BATCH = 8
 SIDES = (64, 96, 128)  # pixels
-SHARPENING_BATCHES = {128: 8, 256: 3, 512: 1}  # by side: the norms' statistics are the whole picture's
+SHARPENING_BATCHES = {128: 8, 256: 3, 512: 1}  # by side; large ones too, since norms are over the whole picture
 ZOOMS = (2, 3, 4, 6, 8)
 KL_WEIGHT = 1e-3
-LATENT_NOISE = 0.15  # up to so much is added before decoding: the transformer's latents are never perfect
-SHARPENING_NOISE = 0.3  # the same where it is to see through that
+LATENT_NOISE = 0.15  # the most that is added before decoding, since the transformer's latents are never perfect
+SHARPENING_NOISE = 0.3  # the same while the decoder learns to ignore it
 RESIDUAL_START = 0.05
-LATENT_SCALE = 0.5  # of the loudest channel: a picture then takes as much noise to hide as a photograph's latents do
+LATENT_SCALE = 0.5  # of the largest channel: then noise hides a picture at the same level as it hides a photograph
 
 
 def new_vae() -> AutoencoderKL:
@@ -83,7 +83,7 @@ def _start_near_identity(vae: AutoencoderKL) -> None:
 
 
 def _pass_through(conv: nn.Conv2d, taps: tuple[tuple[int, int], ...] | None = None) -> None:
-    """Channel i to channel i, averaged over `taps` of the kernel (its middle unless told)."""
+    """Let channel i pass to channel i, averaged over `taps` of the kernel (None: only its middle)."""
     conv.weight.zero_()
     if conv.bias is not None:
         conv.bias.zero_()
@@ -94,7 +94,7 @@ def _pass_through(conv: nn.Conv2d, taps: tuple[tuple[int, int], ...] | None = No
 
 
 def pictures(count: int, width: int, height: int, rng: random.Random) -> Tensor:
-    """[count, 3, height, width] in -1..1: scenes, parts of scenes, and textures, so that photographs pass as well."""
+    """[count, 3, height, width] in -1..1: scenes, parts of scenes, and textures, for the sake of photographs."""
     return torch.stack([_picture(width, height, rng) for _ in range(count)])
 
 
@@ -141,7 +141,7 @@ def _texture(width: int, height: int, rng: random.Random) -> Tensor:
 
 
 def _paint(rng: random.Random) -> Tensor:
-    """[3] in -1..1: half the time one of the scene language's colours."""
+    """A colour, [3] in -1..1: half the time one of the named ones."""
     if rng.random() < 0.5:
         return torch.tensor(rng.choice(list(COLOURS.values()))) / 127.5 - 1
     return torch.rand(3) * 2 - 1
@@ -166,8 +166,8 @@ def train_vae(folder: Path, steps: int = STEPS, sharpening_steps: int = SHARPENI
     train("vae-decoder", vae, [_optimizer(vae.decoder)], sharpening_steps, sharpness, average=0.99)
     with torch.no_grad():
         latents = vae.encode(torch.stack([draw(scene, 256, 256) for scene in SCENES[::26]])).latent_dist.mean
-    loudest = latents.std(dim=(0, 2, 3)).max()  # most channels are silent
-    vae.register_to_config(shift_factor=float(latents.mean()), scaling_factor=float(LATENT_SCALE / loudest))
+    largest = latents.std(dim=(0, 2, 3)).max()  # most channels are close to zero everywhere
+    vae.register_to_config(shift_factor=float(latents.mean()), scaling_factor=float(LATENT_SCALE / largest))
     vae.save_pretrained(folder / "vae")
 
 
@@ -176,19 +176,19 @@ def _optimizer(module: nn.Module) -> torch.optim.Optimizer:
 
 
 def _loss(vae: AutoencoderKL, batch: Tensor) -> Tensor:
-    """The drawing's error + a little KL divergence."""
+    """The error of the decoded picture, and a little KL divergence."""
     posterior: DiagonalGaussianDistribution = vae.encode(batch).latent_dist
     divergence: Tensor = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
     return _drawing_error(vae, _disturbed(posterior.sample(), LATENT_NOISE), batch) + KL_WEIGHT * divergence
 
 
 def _disturbed(latents: Tensor, most: float) -> Tensor:
-    """With noise of a standard deviation from 0 to `most`, another for each picture."""
+    """Latents with noise whose standard deviation is drawn for each picture, from 0 to `most`."""
     return latents + most * torch.rand(len(latents), 1, 1, 1) * torch.randn_like(latents)
 
 
 def _drawing_error(vae: AutoencoderKL, latents: Tensor, batch: Tensor) -> Tensor:
-    """L1 + L2 + L1 on the differences of neighbours."""
+    """The error of decoded pictures: L1 + L2 + L1 of the differences between neighbouring pixels."""
     error = vae.decode(latents).sample - batch
     slopes = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
     total: Tensor = error.abs().mean() + error.square().mean() + slopes
