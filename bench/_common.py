@@ -64,7 +64,7 @@ def judge(goals: Sequence[Goal], *, check: bool) -> None:
 
 
 def full_width_checkpoints() -> dict[str, Path]:
-    """dev whole and schnell's own parts (5.7 GB): hidden size 3072, 2 double and 4 single blocks, made once."""
+    """All of dev and schnell's own parts (5.7 GB), with hidden size 3072, 2 double and 4 single blocks; made once."""
     folders = {model: FOLDER / model for model in ("dev", "schnell")}
     for model, folder in folders.items():
         if not folder.exists():
@@ -83,7 +83,7 @@ def weight_bytes(folders: dict[str, Path]) -> int:
 
 
 def machine() -> str:
-    """The processor, its cores and the libraries, for the line above a table."""
+    """The processor, its cores and torch's version, for the line above a table."""
     info = Path("/proc/cpuinfo")
     names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
     return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, torch {torch.__version__}"
@@ -104,7 +104,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
-    """The median with the smallest and the largest."""
+    """The median, the smallest and the largest value."""
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 

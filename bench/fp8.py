@@ -96,7 +96,7 @@ def layers() -> None:
 
 
 def groups() -> None:
-    """The transformer's output with one group of layers in fp8 at a time: which are worth it."""
+    """The error of the transformer's output with one group of layers in fp8 at a time."""
     columns: list[list[tuple[float, float]]] = []
     for model, inputs in ((WEIGHTS / "demo-dev", demo_inputs()), (full_width_checkpoints()["dev"], random_inputs())):
         folder = model / "transformer"
@@ -104,7 +104,7 @@ def groups() -> None:
         expected = [exact(**one, return_dict=False)[0] for one in inputs]
         pristine, linear = Pristine(folder, exact), [n for n, m in exact.named_modules() if isinstance(m, nn.Linear)]
         total = sum(parameter.numel() for parameter in exact.parameters())
-        exact.to("meta")  # of both at once there would be too much
+        exact.to("meta")  # there is not enough memory for both
         columns.append([])
         for pattern in tqdm(GROUPS.values(), desc=f"groups, {model.name}", unit="group"):
             names = [name for name in linear if re.search(pattern, name)]
@@ -216,7 +216,7 @@ def new_merges(pristine: Pristine, names: list[str], seed: int) -> dict[str, Mer
 
 
 def merge() -> None:
-    """A LoRA in a weight of full width: merged before the one quantization, or into the weight that is quantized."""
+    """A LoRA in one weight of full width, merged before the weight is quantized or into the quantized weight."""
     folder = full_width_checkpoints()["dev"] / "transformer"
     with torch.device("meta"):
         exact = FluxTransformer2DModel.from_config(FluxTransformer2DModel.load_config(folder))
@@ -231,7 +231,7 @@ def merge() -> None:
         ways = (dequantized(truth), dequantized(quantized + update))
         errors = [f"{relative_error(way, truth):.4f}" for way in ways]
         kept = [f"{100 * float(((way - quantized) * update).sum() / (update * update).sum()):.0f}%" for way in ways]
-        # the part of the change that is not the update is noise that the LoRA brings with it
+        # what changes besides the update is noise
         noise = [f"{float((way - quantized - update).norm() / update.norm()):.1f}" for way in ways]
         rows.append([f"{100 * size:g}%", *errors, *kept, *noise])
     once, twice = "merge, quantize", "quantize, merge, quantize"
@@ -250,7 +250,7 @@ PROMPTS = ("a large blue ring on the left on an orange background", "a red circl
 
 
 def pictures() -> None:
-    """The demo model's pictures with go_fast beside those without, at 512 x 512."""
+    """The demo model's pictures with go_fast compared with those without, at 512 x 512."""
     folders = {model: WEIGHTS / f"demo-{model}" for model in ("dev", "schnell")}
     models = load_flux(folders, CPU, compute_dtype(CPU))
     rows = []

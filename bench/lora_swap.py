@@ -37,9 +37,9 @@ from tools.random_flux import FluxSize, write_random_flux
 
 RANKS = (4, 16, 64, 128)
 GOAL_RANK = 16
-PART_SECONDS = {"swap": 10, "step": 90, "drift": 20}  # about, on 2 cores; of a swap without its ranks
+PART_SECONDS = {"swap": 10, "step": 90, "drift": 20}  # about, on 2 cores; every rank of the swaps comes on top
 ROUNDS = 5
-FUSE_SWAPS = {GOAL_RANK: 3}  # of diffusers' ways, which take long; one at the ranks that have no goal
+FUSE_SWAPS = {GOAL_RANK: 3}  # with diffusers, where a swap takes long; one at the ranks without a goal
 STEP_RANKS = (16, 128)
 STEP_ROUNDS = 3
 STEP_TOKENS = (256, 256)  # text and picture
@@ -134,11 +134,12 @@ def time_ours(live: LiveWeights, sets: list[Merges]) -> dict[str, float]:
     for i in range(ROUNDS + 1):
         floor.append(seconds(copy_all))
         ours.append(seconds(partial(live.apply, sets[(i + 1) % 2])))
-    return {"floor": statistics.median(floor[1:]), "ours": statistics.median(ours[1:])}  # the first touches new memory
+    # without the first one, which touches new memory
+    return {"floor": statistics.median(floor[1:]), "ours": statistics.median(ours[1:])}
 
 
 def time_theirs(transformer: FluxTransformer2DModel, files: list[Tensors], count: int, swaps: int) -> dict[str, float]:
-    """Medians of diffusers' ways from one set of adapters to another: loading, activating, unfusing and fusing."""
+    """Median seconds of diffusers from one set of adapters to another: loading, activating, unfusing and fusing."""
     sets = (range(count), range(2, 2 + count))
     load = [seconds(partial(load_adapters, transformer, files, which)) for which in sets]
     activate, fuse = [], []
@@ -157,8 +158,10 @@ def time_theirs(transformer: FluxTransformer2DModel, files: list[Tensors], count
 
 @torch.no_grad()
 def against_float64(live: LiveWeights, merges: Merges) -> tuple[float, float, float]:
-    """The shares of merged weights that are bit for bit the float64 sum rounded, and at most one bf16 number from it;
-    the largest difference."""
+    """Compare merged weights with the float64 sum, rounded to bf16.
+
+    Returns the share of equal weights, the share that is at most one bf16 number apart, and the largest difference.
+    """
     equal = near = count = 0
     worst = 0.0
     for name, merge in merges.items():
@@ -168,7 +171,7 @@ def against_float64(live: LiveWeights, merges: Merges) -> tuple[float, float, fl
             exact.addmm_(update.up.double(), update.down.double(), alpha=strength * update.scale)
         rounded, merged = exact.to(torch.bfloat16), live.module.get_parameter(name)
         bits = [value.view(torch.int16).int() for value in (rounded, merged)]
-        # sign and magnitude to a scale on which neighbours differ by one
+        # as integers on a scale on which neighbouring bf16 numbers differ by 1
         first, second = (torch.where(value < 0, -(value & 0x7FFF), value) for value in bits)
         distance = (first - second).abs()
         equal, near = equal + int((distance == 0).sum()), near + int((distance <= 1).sum())
@@ -178,7 +181,7 @@ def against_float64(live: LiveWeights, merges: Merges) -> tuple[float, float, fl
 
 
 def step_costs() -> None:
-    """One forward with LoRAs beside one without, and how many steps a request needs for merging to pay."""
+    """One forward with LoRAs compared with one without, and from how many steps on merging is faster."""
     gc.collect()
     folder = full_width_checkpoints()["dev"] / "transformer"
     dtype = compute_dtype(torch.device("cpu"))
@@ -217,7 +220,7 @@ def step_costs() -> None:
                 unmerged.append(seconds(step))
                 transformer.unload_lora()
                 bar.update()
-            # the quietest of each: a neighbour on this machine only ever adds
+            # the smallest of each, since other work on the machine only ever adds time
             base, with_merged, with_unmerged = min(plain), min(merged), min(unmerged)
             row = [rank, count, f"{base:.2f}", f"{with_merged / base:.3f}", f"{with_unmerged / base:.3f}"]
             row += [f"{min(swap):.3f}", f"{min(activate):.3f}"]
@@ -235,12 +238,12 @@ def step_costs() -> None:
 
 
 def break_even(more_once: float, less_each_step: float) -> str:
-    """The fewest steps that make up for what a swap takes more."""
+    """The fewest steps that save the time which merging costs more than activating."""
     return str(max(1, math.ceil(more_once / less_each_step))) if less_each_step > 0 else "none"
 
 
 def drift() -> list[Goal]:
-    """What swaps leave behind on a narrow model: fuse and unfuse beside merging from the base."""
+    """What swaps leave behind in a narrow model's weights: merging from the base, and diffusers' fuse and unfuse."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_random_flux(folder, FluxSize(heads=4, rope_axes=(8, 12, 12)), model="dev")

@@ -18,7 +18,7 @@ def main() -> None:
     with torch.device("meta"):
         transformer = FluxTransformer2DModel(guidance_embeds=True)
     picture = (SIDE // 16) ** 2
-    linear = {False: 0.0, True: 0.0}  # operations outside and inside the layers that go_fast has in fp8
+    linear = {False: 0.0, True: 0.0}  # operations of the layers that go_fast has in fp8 (True) and of the others
     quantized = set(fp8_layers(transformer))
     for name, layer in transformer.named_modules():
         if isinstance(layer, nn.Linear):
@@ -56,7 +56,7 @@ def tokens_of(name: str, picture: int) -> int:
     if name.startswith("single_transformer_blocks") and "norm" not in name:
         return picture + TEXT_TOKENS
     if "norm" in name or name.startswith("time_text_embed"):
-        return 1  # modulations and embedders of the whole picture
+        return 1  # modulations and embedders see the picture as a whole
     text = name == "context_embedder" or "context" in name or ".add_" in name or "to_add_out" in name
     return TEXT_TOKENS if text else picture
 

@@ -22,7 +22,7 @@ from tools.server import cog_server, wait_until_idle
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """dev whole, schnell with nothing but its own parts, as a folder of it may be."""
+    """All parts of dev, and of schnell only its own: the others are the same, and a folder need not have them."""
     root = tmp_path_factory.mktemp("checkpoints")
     folders = {model: root / model for model in ("dev", "schnell")}
     for seed, (model, folder) in enumerate(folders.items()):
@@ -93,7 +93,7 @@ def raw_data_url(content: bytes, kind: str = "image/png") -> str:
 
 @pytest.fixture(scope="session")
 def photo() -> Image.Image:
-    """A picture with colour everywhere, 240 x 300, so that nothing about its size fits by chance."""
+    """A picture with colour everywhere; 240 x 300 is neither square nor a multiple of 16 on both sides."""
     gradients = [Image.linear_gradient("L"), Image.radial_gradient("L"), Image.linear_gradient("L").rotate(90)]
     return Image.merge("RGB", gradients).resize((240, 300))
 

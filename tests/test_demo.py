@@ -1,4 +1,4 @@
-"""The demo model draws what it is told; the check that says so is itself held against drawn scenes."""
+"""The demo model draws what it is told. The program that checks its pictures is itself tested on drawn scenes."""
 
 import random
 from collections.abc import Iterator
@@ -87,7 +87,7 @@ def colour_inside(picture: Image.Image, scene: Scene) -> str:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """What a newcomer runs: no weights named."""
+    """The server that a newcomer starts, without naming weights."""
     with cog_server({"LORA_CACHE_DIR": str(tmp_path_factory.mktemp("loras"))}) as running:
         yield Server(running.url)
 

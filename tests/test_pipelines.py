@@ -154,7 +154,7 @@ def test_float32_checkpoints_are_loaded_as_bf16(tmp_path: Path) -> None:
     assert {weight.dtype for weight in flux.text_encoder_2.parameters()} == {torch.bfloat16}
 
 
-def test_the_same_prompt_again_costs_no_encoding(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_prompt_again_costs_no_encoding(checkpoints: dict[str, Path]) -> None:
     models = load_flux(checkpoints, CPU, DTYPE)
     calls: list[str] = []
     models["dev"].exact.text_encoder_2.register_forward_hook(lambda *_: calls.append("t5"))
@@ -173,7 +173,7 @@ def test_the_embedding_cache_is_bounded_in_bytes(checkpoints: dict[str, Path], m
     flux = load_flux(checkpoints, CPU, DTYPE)["dev"].exact
     for prompt in ("a", "b", "a", "c"):
         encode_prompt(flux, prompt)
-    assert {prompt for prompt, _ in flux.embeddings} == {"a", "c"}  # b is the one unused for longest
+    assert {prompt for prompt, _ in flux.embeddings} == {"a", "c"}  # b, the least recently used, was evicted
     monkeypatch.setattr(flux_models, "EMBEDDING_CACHE_BYTES", one - 1)
     tiny = load_flux(checkpoints, CPU, DTYPE)["dev"].exact
     assert encode_prompt(tiny, "too large to keep").nbytes == one

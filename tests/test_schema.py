@@ -1,4 +1,4 @@
-"""The inputs are a contract: what Cog's generator makes of them is written down in contract.json."""
+"""The inputs and the output are a contract, which contract.json holds as Cog's own generator writes it."""
 
 import json
 from pathlib import Path

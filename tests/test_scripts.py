@@ -13,9 +13,8 @@ import pytest
 import requests
 from PIL import Image
 
+from bench._common import Goal, judge
 from tools import ROOT
-
-QUICK = ["-i", "megapixels=0.25", "-i", "num_inference_steps=1"]
 
 
 @pytest.fixture
@@ -82,12 +81,26 @@ def test_predict_fails_with_one_sentence(
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("name", ["bench", "lint", "lora", "predict", "schema", "serve", "test"])
+@pytest.mark.parametrize("name", ["bench", "demo", "gallery", "lint", "lora", "predict", "schema", "serve", "test"])
 def test_every_script_has_help(name: str, tmp_path: Path) -> None:
     for option in ("-h", "--help"):
         done = script(name, option, environment=dict(os.environ), folder=tmp_path)
         assert done.returncode == 0
         assert len(done.stdout) > 40
+
+
+def test_a_missed_goal_of_a_benchmark_is_named_and_is_the_exit_status_on_request(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    met = [Goal("ratio", 1.5, 1.5), Goal("share", 0.9, 0.9, at_least=True)]
+    missed = [Goal("ratio", 1.76, 1.5), Goal("share", float("nan"), 0.9, at_least=True)]
+    judge(met, check=True)
+    judge(met + missed, check=False)
+    with pytest.raises(SystemExit) as stopped:
+        judge(missed, check=True)
+    assert stopped.value.code == 1
+    named = "missed: ratio: 1.76, goal: at most 1.5\nmissed: share: nan, goal: at least 0.9\n"
+    assert capsys.readouterr().out == 2 * named
 
 
 def test_serve_serves_until_ctrl_c(environment: dict[str, str], tmp_path: Path) -> None:

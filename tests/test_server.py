@@ -1,4 +1,4 @@
-"""What a user does, over HTTP, through Cog's real server: predict.py on tiny random checkpoints."""
+"""What a user does over HTTP, through Cog's real server: predict.py with tiny random checkpoints."""
 
 import functools
 import re

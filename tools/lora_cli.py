@@ -1,4 +1,4 @@
-"""Fetch a LoRA into the cache and print its path: an operator warms the cache, or finds out why a reference fails."""
+"""Fetch a LoRA into the cache and print its path: to fill the cache beforehand, or to see why a reference fails."""
 
 import argparse
 import logging

@@ -1,4 +1,4 @@
-"""One prediction from the command line: what `cog predict` does with a container, with Cog's server on this machine."""
+"""Make one prediction from the command line, as `cog predict` does, but with Cog's server on this machine."""
 
 import argparse
 import base64
@@ -10,8 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import requests
-
 from tools.cog_schema import PREDICTOR, openapi_document
 from tools.server import ServerError, cog_server
 
@@ -20,7 +18,7 @@ Json = dict[str, Any]
 
 
 class UsageError(ValueError):
-    """The command line cannot be used; the message says what would do."""
+    """The command line cannot be used; the message says why."""
 
 
 def main() -> int:
@@ -33,11 +31,9 @@ def main() -> int:
         environment = dict(_name_and_value(pair) for pair in arguments.env)
         console = Console()
         with cog_server(environment, on_log=console.show) as server:
-            response = requests.post(
-                f"{server.url}/predictions", json={"input": inputs}, timeout=None
-            )  # as long as it takes
+            prediction = server.predict(inputs)
         console.end_bar()
-        return _finish(response, arguments)
+        return _finish(prediction, arguments)
     except (UsageError, ServerError) as error:
         print(f"{type(error).__name__.removesuffix('Error').lower()} error: {error}", file=sys.stderr)
         return 1
@@ -87,7 +83,7 @@ class Console:
         self._in_bar = False
 
     def show(self, line: str) -> None:
-        """Print one line; a bar overwrites the bar before it on a terminal, and only its end is printed elsewhere."""
+        """Print one line. On a terminal a bar overwrites the one before; elsewhere only a finished bar is printed."""
         if not PROGRESS_BAR.search(line):
             self.end_bar()
             print(line, file=sys.stderr, flush=True)
@@ -116,7 +112,7 @@ def _flag_inputs(pairs: list[str], schema: Json) -> Json:
 
 
 def _typed(name: str, value: str, schema: Json) -> Any:
-    """The text of the command line as the type that the schema asks for; the server judges what does not fit."""
+    """The text as the type that the schema asks for, or as it is where it does not fit: the server refuses it then."""
     if value.startswith("@"):
         return data_url(Path(value[1:]).expanduser())
     kind = schema["Input"]["properties"].get(name, {}).get("type")
@@ -158,15 +154,14 @@ def _json_inputs(text: str) -> Json:
 
 
 def _check_names(inputs: Json, schema: Json) -> None:
-    """The server ignores inputs that it does not know; a person who mistyped one wants to be told."""
+    """Refuse inputs that do not exist. The server would ignore them, and a typing error would go unnoticed."""
     known = schema["Input"]["properties"]
     unknown = [name for name in inputs if name not in known]
     if unknown:
         raise UsageError(f"there is no input {', '.join(unknown)}; there are {', '.join(known)}.")
 
 
-def _finish(response: requests.Response, arguments: argparse.Namespace) -> int:
-    prediction = response.json()
+def _finish(prediction: Json, arguments: argparse.Namespace) -> int:
     succeeded = prediction.get("status") == "succeeded"
     if succeeded:
         destination = Path(arguments.output).expanduser()

@@ -1,4 +1,4 @@
-"""Cog's real server on this machine, without Docker: started, waited for, listened to, stopped."""
+"""Start Cog's real server on this machine without Docker, wait until it is ready, pass its log on, and stop it."""
 
 import json
 import os
@@ -22,7 +22,7 @@ POLL_SECONDS = 0.05
 
 
 class ServerError(RuntimeError):
-    """The server did not come up; the message says why, in the predictor's own words where it had any."""
+    """The server did not start; the message says why, and is the predictor's own where there is one."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def cog_server(
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
-        start_new_session=True,  # a Ctrl-C is for us to pass on: a worker that hears it too takes ten seconds to end
+        start_new_session=True,  # so that Ctrl-C does not reach the worker, which would then take ten seconds to end
     )
     listener = threading.Thread(target=_listen, args=(process, on_log), daemon=True)
     listener.start()
@@ -81,7 +81,7 @@ def cog_server(
 
 
 def _server_environment(port: int) -> dict[str, str]:
-    """What coglet reads. It starts its worker as the `python` of PATH, which has to be this one."""
+    """The variables that coglet reads. It starts its worker as the first `python` in PATH, which has to be this one."""
     return {
         "COG_PREDICT_TYPE_STUB": "predict.py:Predictor",
         "PORT": str(port),
@@ -116,13 +116,13 @@ def _wait_until_ready(url: str, process: "subprocess.Popen[str]") -> None:
 
 
 def wait_until_idle(url: str) -> None:
-    """Wait for coglet's one slot, which is taken until a moment after its answer: it refuses a request until then."""
+    """Wait until coglet takes a request: it runs one at a time, and is busy until a moment after it has answered."""
     while requests.get(f"{url}/health-check", timeout=None).json()["status"] == "BUSY":
         time.sleep(POLL_SECONDS)
 
 
 def _listen(process: "subprocess.Popen[str]", on_log: Callable[[str], None]) -> None:
-    """coglet logs JSON lines; those with a source, or of its user's target, are the predictor's own words."""
+    """Pass on the predictor's lines. coglet logs JSON; the predictor's are those with a source or with its target."""
     for line in process.stderr or ():
         try:
             record = json.loads(line)
