@@ -4,6 +4,7 @@ import logging
 import math
 import tempfile
 import warnings
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -35,6 +36,7 @@ MOST_INPUT_PIXELS = 89_000_000  # decoded, 270 MB; just under where Pillow itsel
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # EPS, PSD and the like run code of their own
 FORMATS_IN_WORDS = "PNG, JPEG, WebP, GIF, BMP, TIFF or AVIF"
 RESAMPLING = Image.Resampling.LANCZOS  # what diffusers' image processor uses
+KEPT_OUTPUT_FOLDERS = 2  # the last request's and this one's
 SAVED_AS = {"webp": "WEBP", "jpg": "JPEG", "png": "PNG"}
 
 
@@ -145,6 +147,23 @@ def save_pictures(pictures: Sequence[Image.Image], folder: Path, output_format: 
     for picture, path in zip(pictures, paths, strict=True):
         picture.save(path, SAVED_AS[output_format], **options)
     return paths
+
+
+class OutputFolders:
+    """A temporary folder for each request. Cog's server reads the pictures after the request, so they stay a while."""
+
+    def __init__(self) -> None:
+        self._folders: deque[tempfile.TemporaryDirectory[str]] = deque()
+
+    def fresh(self) -> Path:
+        self._folders.append(tempfile.TemporaryDirectory(prefix="flux-lora-"))
+        while len(self._folders) > KEPT_OUTPUT_FOLDERS:
+            self._folders.popleft().cleanup()
+        return Path(self._folders[-1].name)
+
+    def cleanup(self) -> None:
+        while self._folders:
+            self._folders.popleft().cleanup()
 
 
 def _fetched_by_cog(file: Path | str, name: str) -> Path:

@@ -1,11 +1,8 @@
 """The predictor that Cog serves: what it takes, and the way of one request from its inputs to its pictures."""
 
 import logging
-import pathlib
 import secrets
 import sys
-import tempfile
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,19 +13,9 @@ from tqdm import tqdm
 
 from flux.checkpoints import find_checkpoints, is_demo
 from flux.device import check_device, choose_device, compiles, compute_dtype, memory_of, synchronize
-from flux.models import (
-    FP8,
-    Flux,
-    cache_blocks,
-    compile_blocks,
-    fill_device,
-    fits,
-    load_flux,
-    residency_of,
-    use_fast_kernels,
-)
+from flux.models import FP8, Flux, cache_blocks, compile_blocks, fill_device, fits, load_flux, residency_of
 from flux.pipelines import Job, decode, denoise, encode_picture, encode_prompt, steps_to_run, warm_up
-from images import Inputs, Size, keep_unmasked, read_inputs, save_pictures
+from images import Inputs, OutputFolders, Size, keep_unmasked, read_inputs, save_pictures
 from lora_loader import ActiveLora, LoraLoader, slowest_origin
 from phases import Phases
 from safety import BlockedError, load_screener
@@ -40,7 +27,6 @@ logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stde
 
 METRIC_PHASES = ("lora_fetch", "lora_read", "load", "lora_apply", "encode", "denoise", "decode", "safety", "save")
 INPUT_SAFETY = "safety of the input"  # counted in safety_time
-KEPT_OUTPUT_FOLDERS = 2  # the last request's and this one's
 
 
 @dataclass(frozen=True)
@@ -79,12 +65,11 @@ class Predictor(BaseRunner):
             cache_blocks(self.models, self.settings.go_fast_cache_threshold)
         if compiles(self.settings.flux_compile, self.device):
             with phases.time("compile"):
-                use_fast_kernels(self.models)
                 compile_blocks(self.models)
                 warm_up(self.models)
         phases.report()
         self.demos = {name for name, folder in folders.items() if is_demo(folder)}
-        self.output_folders: deque[tempfile.TemporaryDirectory[str]] = deque()
+        self.output_folders = OutputFolders()
 
     def run(  # noqa: PLR0913, PLR0917 - the contract has 21 inputs
         self,
@@ -219,7 +204,7 @@ class Predictor(BaseRunner):
             pictures = flux.residency.or_clear(lambda: self._draw(flux, loras, request, phases))
         shown = pictures if disable_safety_checker else self._screen(pictures, phases)
         with phases.time("save"):
-            paths = save_pictures(shown, self._fresh_output_folder(), output_format, quality)
+            paths = save_pictures(shown, self.output_folders.fresh(), output_format, quality)
         phases.report()
         self._record_metrics(seed, inputs, flux, len(pictures) - len(shown), loras, phases)
         if not shown:
@@ -285,13 +270,6 @@ class Predictor(BaseRunner):
         if fast:
             log.warning("go_fast: custom sizes run in %s", flux.exact.precision)
         return flux.exact
-
-    def _fresh_output_folder(self) -> pathlib.Path:
-        """A new temporary folder. Cog's server reads the pictures after run() has returned, so they stay a while."""
-        self.output_folders.append(tempfile.TemporaryDirectory(prefix="flux-lora-"))
-        if len(self.output_folders) > KEPT_OUTPUT_FOLDERS:
-            self.output_folders.popleft().cleanup()
-        return pathlib.Path(self.output_folders[-1].name)
 
     def _record_metrics(
         self, seed: int, inputs: Inputs, flux: Flux, blocked: int, loras: Sequence[ActiveLora], phases: Phases

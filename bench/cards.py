@@ -7,13 +7,14 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from bench._common import table
+from bench._common import Goal, announce, benchmark_parser, judge, table
 from flux import live
 from flux.device import RESERVED_BYTES, Memory
 from flux.fp8 import fp8_layers
 from flux.live import Changes
-from flux.models import NAMES, TOKENIZERS, Flux, fill_device, fits, with_twin
+from flux.models import NAMES, TOKENIZERS, Flux, Precisions, fill_device, fits, with_twin
 from flux.plan import denoising_bytes, picture_bytes
 from flux.pristine import Pristine
 from flux.residency import Residency
@@ -37,6 +38,8 @@ CONTEXT_BYTES = int(0.5 * GB)  # of CUDA, an estimate
 CHECKER_BYTES = int(1.55 * GB)  # the two-stage checker in float32
 HOST_BYTES = 128 * GB
 RANK = 16
+BLOCKS_GB = 23.67  # all linear layers of the blocks in bf16
+ENCODERS_GB = 9.78  # T5 and CLIP
 SCENES = ("new prompt", "another LoRA", "another LoRA, go_fast", "dev and dev go_fast", "dev and schnell")
 
 
@@ -61,10 +64,10 @@ class Card:
         shared = networks["dev"]
         for part, name in NAMES.items():
             self._add(name, shared[part], shared=True)
-        self.models: dict[str, Any] = {}
+        self.models: dict[str, Precisions] = {}
         nothing = dict.fromkeys((*TOKENIZERS, "scheduler"))
         for model in ("dev", "schnell"):
-            parts = {**shared, **nothing, "transformer": networks[model]["transformer"]}
+            parts: dict[str, Any] = {**shared, **nothing, "transformer": networks[model]["transformer"]}
             self._add(model, parts["transformer"])
             self.models[model] = with_twin(self.residency, model, parts, weight_only=False)
         fill_device(self.models)
@@ -96,8 +99,8 @@ class Card:
 
     def model(self, name: str, *, fast: bool) -> Flux:
         """What the predictor would run."""
-        exact, twin = self.models[name]
-        return twin if fast or not fits(exact, SIZE) else exact
+        both = self.models[name]
+        return both.fast if fast or not fits(both.exact, SIZE) else both.exact
 
 
 def loras(flux: Flux, number: int, layers: str) -> dict[str, Merge]:
@@ -134,13 +137,27 @@ def tour(mib: int, layers: str = "") -> tuple[list[str], dict[str, int]]:
     return start, moved
 
 
+def goals(name: str, mib: int, moved: dict[str, int]) -> list[Goal]:
+    """Nothing but streamed encoders for a new prompt; nothing for another LoRA on 80 GB and one crossing of its weights
+    elsewhere; nothing between the precisions of a model."""
+    roomy = mib > 80_000
+    return [
+        Goal(f"{name}: GB for a new prompt", moved["new prompt"] / GB, 0 if roomy else ENCODERS_GB),
+        Goal(f"{name}: GB for another LoRA", moved["another LoRA"] / GB, 0 if roomy else BLOCKS_GB),
+        Goal(f"{name}: GB for another LoRA, go_fast", moved["another LoRA, go_fast"] / GB, 0 if roomy else BLOCKS_GB),
+        Goal(f"{name}: GB between dev and dev go_fast", moved["dev and dev go_fast"] / GB, 0),
+    ]
+
+
 def main() -> None:
-    rows = []
-    for name, mib in CARDS.items():
+    arguments = benchmark_parser(__doc__, goals=True).parse_args()
+    announce(60)
+    rows, judged = [], list[Goal]()
+    for name, mib in tqdm(CARDS.items()):
         start, moved = tour(mib)
+        judged += goals(name, mib, moved)
         cells = [f"{moved[scene] / GB:.1f}" if moved[scene] else "0" for scene in SCENES]
         rows.append([name, f"{free(mib) / GB:.1f}", ", ".join(start), *cells])
-        print(*rows[-1], flush=True)
     print(
         "GB that come from host memory for a request after others of its kind, for a picture of"
         f" {SIZE[0]} x {SIZE[1]}, with LoRAs of rank {RANK} on every linear layer of the blocks and"
@@ -149,6 +166,7 @@ def main() -> None:
         " reserve."
     )
     table(["card", "GB for models", "there at start", *SCENES], rows)
+    judge(judged, check=arguments.check)
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ def groups() -> None:
         folder = model / "transformer"
         exact = FluxTransformer2DModel.from_pretrained(folder, torch_dtype=torch.float32).eval()
         expected = [exact(**one, return_dict=False)[0] for one in inputs]
-        pristine, linear = Pristine(folder, exact), [n for n, m in exact.named_modules() if isinstance(m, nn.Linear)]
+        pristine, linear = Pristine.of(folder, exact), [n for n, m in exact.named_modules() if isinstance(m, nn.Linear)]
         total = sum(parameter.numel() for parameter in exact.parameters())
         exact.to("meta")  # there is not enough memory for both
         columns.append([])
@@ -182,7 +182,7 @@ def swap() -> None:
     folder = full_width_checkpoints()["dev"] / "transformer"
     with torch.device("meta"):
         exact = FluxTransformer2DModel.from_config(FluxTransformer2DModel.load_config(folder))
-    pristine = Pristine(folder, exact)
+    pristine = Pristine.of(folder, exact)
     live = live_twin(exact, pristine)
     touched = [f"{name}.weight" for name in fp8_layers(live.module) if "norm" not in name]
     read = {name: pristine(name).clone() for name in pristine.shapes}
@@ -220,7 +220,7 @@ def merge() -> None:
     folder = full_width_checkpoints()["dev"] / "transformer"
     with torch.device("meta"):
         exact = FluxTransformer2DModel.from_config(FluxTransformer2DModel.load_config(folder))
-    weight = Pristine(folder, exact)("single_transformer_blocks.0.attn.to_q.weight").double()
+    weight = Pristine.of(folder, exact)("single_transformer_blocks.0.attn.to_q.weight").double()
     generator = torch.Generator().manual_seed(0)
     rows = []
     for size in tqdm((0.001, 0.003, 0.01, 0.03, 0.1), desc="merge", unit="size"):

@@ -72,7 +72,7 @@ def swap_times(ranks: Sequence[int]) -> list[Goal]:
     folder = full_width_checkpoints()["dev"] / "transformer"
     theirs = load(folder)
     module = load(folder)
-    live = LiveWeights(module, Pristine(folder, module))
+    live = LiveWeights(module, Pristine.of(folder, module))
     rows, goals, checked = [], [], ""
     bar = tqdm(total=2 * len(ranks), desc="swap", unit="set")
     for rank in ranks:
@@ -186,7 +186,7 @@ def step_costs() -> None:
     folder = full_width_checkpoints()["dev"] / "transformer"
     dtype = compute_dtype(torch.device("cpu"))
     transformer = load(folder, dtype)
-    live = LiveWeights(transformer, Pristine(folder, transformer))
+    live = LiveWeights(transformer, Pristine.of(folder, transformer))
     config, (text, picture) = transformer.config, STEP_TOKENS
     inputs: dict[str, Any] = {
         "hidden_states": torch.randn(1, picture, config.in_channels, dtype=dtype),
@@ -249,7 +249,7 @@ def drift() -> list[Goal]:
         write_random_flux(folder, FluxSize(heads=4, rope_axes=(8, 12, 12)), model="dev")
         ours = load(folder / "transformer")
         theirs = copy.deepcopy(ours)
-        pristine = Pristine(folder / "transformer", ours)
+        pristine = Pristine.of(folder / "transformer", ours)
         live = LiveWeights(ours, pristine)
         files = [new_lora(pristine, 16, seed) for seed in range(2)]
         sets = [parsed(file, pristine, str(i)) for i, file in enumerate(files)]

@@ -17,7 +17,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from bench._common import spread, table
+from bench._common import Goal, announce, benchmark_parser, judge, spread, table
 from fetch.limits import FetchLimits
 from fetch.sources import fetch_lora
 from settings import MB, Settings, read_settings

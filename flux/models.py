@@ -175,8 +175,14 @@ def fill_device(models: Models) -> None:
 
 def compile_blocks(models: Models, backend: str = "inductor") -> None:
     """Have the transformers' blocks compiled when they first run: one graph serves all blocks of a kind, both models
-    and every picture size, and takes the weights as its inputs. `TORCHINDUCTOR_CACHE_DIR` keeps it between starts."""
+    and every picture size, and takes the weights as its inputs. `TORCHINDUCTOR_CACHE_DIR` keeps it between starts.
+
+    On a GPU since Hopper, attention is cuDNN's.
+    """
+    device = residency_of(models).device
     for flux in precisions(models):
+        if device.type == "cuda" and torch.cuda.get_device_capability(device) >= HOPPER:
+            flux.transformer.set_attention_backend("_native_cudnn")
         # the block cache decides by a value, which no graph can
         fullgraph = not flux.transformer.is_cache_enabled
         flux.transformer.compile_repeated_blocks(fullgraph=fullgraph, dynamic=True, backend=backend)
@@ -187,14 +193,6 @@ def cache_blocks(models: Models, threshold: float) -> None:
     relative to the last step's (diffusers' first-block cache). It changes the picture."""
     for _, fast in models.values():
         fast.transformer.enable_cache(FirstBlockCacheConfig(threshold))
-
-
-def use_fast_kernels(models: Models) -> None:
-    """On a GPU since Hopper, cuDNN's attention."""
-    device = residency_of(models).device
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= HOPPER:
-        for flux in precisions(models):
-            flux.transformer.set_attention_backend("_native_cudnn")
 
 
 def precisions(models: Models) -> list[Flux]:

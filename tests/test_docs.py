@@ -18,7 +18,7 @@ README, DOCS = ROOT / "README.md", ROOT / "docs"
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("[a-z]*/*.md"), *ROOT.glob("weights/demo-*/*.md")])
 MOST_LINES, MOST_WORDS = 200, 1800  # of the README
 VARIABLE = re.compile(r"[A-Z][A-Z0-9]*(_[A-Z0-9]+)+")
-SCHEMAS: dict[str, Any] = openapi_document((ROOT / "predict.py").read_text(), "Predictor")["components"]["schemas"]
+SCHEMAS: dict[str, Any] = openapi_document((ROOT / "predict.py").read_text())["components"]["schemas"]
 PROPERTIES: dict[str, Any] = SCHEMAS["Input"]["properties"]
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])

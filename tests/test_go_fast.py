@@ -123,8 +123,7 @@ def test_out_of_memory_costs_only_its_request(
         with pytest.raises(RuntimeError, match=r"^The device ran out of memory .*[.]$"):
             predictor.run(**request)
     assert predictor.run(**request)[0].read_bytes() == expected
-    for folder in predictor.output_folders:
-        folder.cleanup()
+    predictor.output_folders.cleanup()
 
 
 def test_a_gpu_that_holds_only_fp8_runs_fp8_and_says_so(
@@ -149,8 +148,7 @@ def test_a_gpu_that_holds_only_fp8_runs_fp8_and_says_so(
         drawn = Image.open(predictor.run(**{**defaults, **quick})[0])
     assert any("cannot hold dev in" in message and "it runs in fp8" in message for message in caplog.messages)
     assert same(drawn, server.pictures(**quick, go_fast=True)[0])
-    for folder in predictor.output_folders:
-        folder.cleanup()
+    predictor.output_folders.cleanup()
 
     monkeypatch.setattr(predict, "memory_of", lambda _: Memory(room // 2, 10**9))
     with pytest.raises(TooSmallError, match=r"^The device has .* at once[.]$"):

@@ -9,17 +9,14 @@ import pytest
 from tools import ROOT
 
 PACKAGES = ("fetch", "lora", "flux")
-LEAVES = tuple(
-    file.stem for file in ROOT.glob("*.py") if file.stem not in ("predict", "lora_loader", "safety", "phases")
-)
+LEAVES = tuple(file.stem for file in ROOT.glob("*.py") if file.stem not in ("predict", "lora_loader", "safety"))
 MAY_IMPORT = {  # besides LEAVES; a package's name stands for all of its modules
     "fetch": ("fetch", "lora.errors", "lora.header", "lora.families", "lora.names"),
     "lora": ("lora",),
     "flux": ("flux",),
-    "phases": ("flux.device",),
     "safety": ("flux.checkpoints",),
     "lora_loader": PACKAGES,
-    "predict": (*PACKAGES, "phases", "safety", "lora_loader"),
+    "predict": (*PACKAGES, "safety", "lora_loader"),
 }
 MODULES = {
     ".".join(file.relative_to(ROOT).with_suffix("").parts): file.read_text()

@@ -256,5 +256,4 @@ def test_a_new_dialect_is_one_entry_of_one_table(
         drawn = Image.open(predictor.run(**request)[0])
     assert f"Acme, rank {RANK}" in caplog.text
     assert same(drawn, server.pictures(**small, replicate_weights=as_reference(style))[0])
-    for folder in predictor.output_folders:
-        folder.cleanup()
+    predictor.output_folders.cleanup()
