@@ -253,7 +253,7 @@ class Predictor(BaseRunner):
 
     def _screen(self, pictures: list[Image.Image], phases: Phases) -> list[Image.Image]:
         with phases.time("safety"):
-            return self.screener.allowed(pictures)
+            return residency_of(self.models).or_clear(lambda: self.screener.allowed(pictures))
 
     def _choose(self, model: str, size: Size, *, fast: bool, custom: bool) -> Flux:
         """The model in the precision that was asked for; nothing is done otherwise without a line in the log."""

@@ -6,14 +6,28 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from settings import SettingsError
 
 log = logging.getLogger("flux-lora")
 
+LEAST_DRIVER = 580  # for CUDA 13
+HOPPER = 9  # the first number of CUDA's compute capability
+CONTROL_GROUP = Path("/sys/fs/cgroup")
+OUT_OF_MEMORY = (  # in the words of a checker's failure, cuBLAS, cuDNN, the driver, oneDNN and torch on a CPU
+    "OutOfMemoryError",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",
+    "CUDA_ERROR_OUT_OF_MEMORY",
+    "could not create a primitive",
+    "DefaultCPUAllocator",
+)
 RESERVED_BYTES = 600 * 10**6  # of a GPU's memory, for kernels, their workspaces and what torch's allocator cannot use
 
 
@@ -32,11 +46,16 @@ def choose_device(name: str | None) -> torch.device:
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cpu" and torch.version.cuda:
+            log.warning("this torch is built for CUDA %s and finds no GPU: the CPU is used", torch.version.cuda)
     device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise SettingsError(
-            f"The environment variable FLUX_DEVICE asks for {name}, but torch sees {torch.cuda.device_count()} GPUs."
-        )
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        why = f"torch sees {count} GPUs"
+        if torch.version.cuda and not count:
+            why += f": CUDA {torch.version.cuda} needs an NVIDIA driver of version {LEAST_DRIVER} or newer"
+            why += ", and a container --gpus all"
+        raise SettingsError(f"The environment variable FLUX_DEVICE asks for {name}, but {why}.")
     return device
 
 
@@ -67,11 +86,48 @@ def compiles(setting: bool | None, device: torch.device) -> bool:
 
 
 def has_fp8_units(device: torch.device) -> bool:
-    """Whether scaled_mm multiplies fp8 matrices there: on GPUs since Ada (compute capability 8.9), and on CPUs."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9):
-        return True
-    log.warning("this GPU has no fp8 matrix units: go_fast keeps the weights in fp8 and computes in bf16")
-    return False
+    """Whether scaled_mm multiplies fp8 matrices with a scale per row there, tried with one small product: GPUs before
+    Ada have no units for it, and some kernels are missing for some newer ones."""
+    rows = torch.ones(32, 32, device=device).to(torch.float8_e4m3fn)
+    scale = torch.ones(32, 1, device=device)
+    try:
+        product = torch._scaled_mm(rows, rows.t(), scale, scale.t(), out_dtype=torch.bfloat16)
+        works = bool((product == 32).all())
+    except (RuntimeError, NotImplementedError) as error:
+        log.info("fp8 product: %s", str(error).partition("\n")[0])
+        works = False
+    if not works:
+        log.warning("this device cannot multiply in fp8: go_fast keeps the weights in fp8 and computes in bf16")
+    return works
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it means that the device, or a CPU, has no memory left, whichever library says so."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        words in str(error) for words in OUT_OF_MEMORY
+    )
+
+
+def attention_backend(device: torch.device) -> str | None:
+    """diffusers' name of the attention kernels that the card is known to be good at; None: whichever torch takes.
+
+    cuDNN's on Hopper. On Blackwell reports disagree, and before Hopper torch's own flash attention is as fast.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != HOPPER:
+        return None
+    return "_native_cudnn"
+
+
+def free_host_memory() -> int:
+    """Bytes that processes here can still take: of the machine, or of the container (control groups, version 2)."""
+    free: int = psutil.virtual_memory().available
+    try:
+        limit = (CONTROL_GROUP / "memory.max").read_text().strip()
+        used = int((CONTROL_GROUP / "memory.current").read_text())
+        statistics = dict(line.split() for line in (CONTROL_GROUP / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return free
+    return free if limit == "max" else min(free, int(limit) - used + int(statistics.get("file", 0)))
 
 
 def check_device(device: torch.device) -> None:

@@ -11,9 +11,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from flux.device import Stopwatch, multiplies_bf16, to_host
+from flux.device import Stopwatch, free_host_memory, multiplies_bf16, to_host
 from flux.fp8 import Fp8Linear
 from flux.pristine import Pristine, Wanted
+from settings import GB
 
 PRISTINE: Hashable = ()  # the content of a weight that nothing has changed
 
@@ -57,11 +58,20 @@ class Written(NamedTuple):
     seconds: float = 0.0
 
 
-class LiveWeights:
-    """The parameters of `module` on their device. `changes` are what they shall hold, now or once they are loaded."""
+class NoMemoryError(RuntimeError):
+    """A CPU cannot hold the weights that a change would make private copies of; the message says what it takes."""
 
-    def __init__(self, module: nn.Module, pristine: Pristine) -> None:
+
+class LiveWeights:
+    """The parameters of `module` on their device. `changes` are what they shall hold, now or once they are loaded.
+
+    `mapped`: the parameters are pages of the file itself, as they are on a CPU, and the first change of one makes a
+    private copy of it.
+    """
+
+    def __init__(self, module: nn.Module, pristine: Pristine, *, mapped: bool = False) -> None:
         self.module, self.pristine = module, pristine
+        self._mapped = set(pristine.shapes) if mapped else set[str]()
         self.changes: Changes = {}
         self.host_copy: dict[str, tuple[Tensor, Tensor]] | None = None  # pristine fp8 weights and their scales
         self._loaded = set(pristine.shapes)  # the parameters that have storage
@@ -86,7 +96,9 @@ class LiveWeights:
     def apply(self, changes: Changes | None = None, *, keep: bool = False) -> Written:
         """Write every loaded weight that is not yet what `changes` (None: those of the last call) make of it.
 
-        With `keep`, the pristine values of what is changed stay on the device, for the next change.
+        With `keep`, the pristine values of what is changed stay on the device, for the next change. Raises
+        `NoMemoryError`, before anything is written, where mapped weights would become private copies that the machine
+        has no memory for.
         """
         if changes is not None:
             self.changes = changes
@@ -96,10 +108,12 @@ class LiveWeights:
             for name in self.pristine.shapes
             if name in self._loaded and self._contents.get(name, PRISTINE) != contents.get(name, PRISTINE)
         ]
+        self._check_memory(stale)
         from_host = self._restore_from_host([name for name in stale if name not in self.changes])
         changed, watch = 0, Stopwatch(self._device())
         for one, values in self.pristine.nearest(self._wanted(name) for name in stale if name not in from_host):
             change = self.changes.get(one.name)
+            self._mapped.discard(one.name)
             if change is None:
                 self._restore(one, values[one.name])
                 continue
@@ -122,6 +136,7 @@ class LiveWeights:
             self._contents[name] = None
             if layer := self._fp8_layer(name):
                 layer.scale.data = torch.empty(layer.scale.shape, device=device)
+            self._mapped.discard(name)
             parameter = self._parameter(name)[1]
             parameter.data = torch.empty(self.pristine.shapes[name], dtype=parameter.dtype, device=device)
             self._loaded.add(name)
@@ -145,6 +160,14 @@ class LiveWeights:
                         setattr(owner, name, torch.empty_like(buffer, device=device))
                     else:
                         buffer.data = buffer.to(device)
+
+    def _check_memory(self, names: Collection[str]) -> None:
+        needed = sum(self.nbytes(name) for name in names if name in self._mapped)
+        if needed and needed > (free := free_host_memory()):
+            raise NoMemoryError(
+                f"The LoRAs change weights of {needed / GB:.1f} GB, which take as much memory as long as they are"
+                f" changed, and {free / GB:.1f} GB are free: give the machine more, or use LoRAs of fewer layers."
+            )
 
     def _device(self) -> torch.device:
         return next(self.module.parameters()).device

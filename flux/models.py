@@ -4,6 +4,7 @@ The files are read by diffusers and transformers. Which part is on the device at
 """
 
 import json
+import logging
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,16 +22,17 @@ from diffusers import (
 )
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-from flux.device import Memory, has_fp8_units
+from flux.device import Memory, attention_backend, has_fp8_units
 from flux.fp8 import new_twin
 from flux.plan import CLIP, FP8_SUFFIX, T5, VAE, Sizes, denoising_bytes, picture_bytes, plan_layout
 from flux.pristine import Pristine
 from flux.residency import Residency
 
+log = logging.getLogger("flux-lora")
+
 FP8 = "fp8"  # a precision, as the metrics and the log call it
 PRECISIONS = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 EMBEDDING_CACHE_BYTES = 64 * 2**20  # a dev prompt takes 4 MiB at FLUX.1's width
-HOPPER = (9, 0)  # CUDA's compute capability
 WEIGHT_SAMPLES = 64  # places at which two copies of a part are compared
 TYPICAL_SIZE = (1024, 1024)
 
@@ -177,15 +179,20 @@ def compile_blocks(models: Models, backend: str = "inductor") -> None:
     """Have the transformers' blocks compiled when they first run: one graph serves all blocks of a kind, both models
     and every picture size, and takes the weights as its inputs. `TORCHINDUCTOR_CACHE_DIR` keeps it between starts.
 
-    On a GPU since Hopper, attention is cuDNN's.
+    Attention is by the kernels that the card is good at. On a GPU the compiler tries several tilings of each kernel,
+    which makes one of casting an fp8 weight and multiplying a row by it: without, every modulation of the fp8 twin
+    writes its weight out in bf16 first (`script/bench kernels`).
     """
     device = residency_of(models).device
+    attention = attention_backend(device)
+    log.info("attention: %s", attention or "torch's choice")
+    options = {"coordinate_descent_tuning": True} if device.type == "cuda" else None
     for flux in precisions(models):
-        if device.type == "cuda" and torch.cuda.get_device_capability(device) >= HOPPER:
-            flux.transformer.set_attention_backend("_native_cudnn")
+        if attention:
+            flux.transformer.set_attention_backend(attention)
         # the block cache decides by a value, which no graph can
         fullgraph = not flux.transformer.is_cache_enabled
-        flux.transformer.compile_repeated_blocks(fullgraph=fullgraph, dynamic=True, backend=backend)
+        flux.transformer.compile_repeated_blocks(fullgraph=fullgraph, dynamic=True, backend=backend, options=options)
 
 
 def cache_blocks(models: Models, threshold: float) -> None:

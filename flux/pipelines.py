@@ -22,9 +22,10 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
-from flux.models import Flux, Models, PromptEmbeds, precisions
+from flux.device import attention_backend
+from flux.models import Flux, Models, PromptEmbeds
 from flux.plan import decoding_bytes, denoising_bytes, picture_bytes
-from images import Size
+from images import SIZES, Size, output_size
 
 log = logging.getLogger("flux-lora")
 
@@ -167,14 +168,28 @@ def _noised(start: Start, image: torch.Tensor, step: int) -> torch.Tensor:
 
 
 def warm_up(models: Models) -> None:
-    """Run every transformer that is on the device, or has room there, for one step: what is to be compiled is, then."""
-    for flux in precisions(models):
-        transformer, dtype = flux.transformer, flux.dtype
-        if flux.residency.memory is None or flux.residency.has(transformer):
-            t5 = torch.zeros(1, MAX_SEQUENCE_LENGTH[flux.name], transformer.config.joint_attention_dim, dtype=dtype)
-            clip = torch.zeros(1, transformer.config.pooled_projection_dim, dtype=dtype)
-            embeds = PromptEmbeds(t5.to(flux.residency.device), clip.to(flux.residency.device))
-            denoise(flux, Job(WARM_UP_SIZE, 1, 1.0, embeds), 0, lambda: None)
+    """Run every transformer that is on the device, or has room there, for one step: what is to be compiled is, then.
+
+    cuDNN's attention makes a plan for every new shape, which takes up to half a second: where it is used, each model
+    also runs a step of every named size.
+    """
+    for name, both in models.items():
+        here = [flux for flux in both if flux.residency.memory is None or flux.residency.has(flux.transformer)]
+        for flux in here:
+            _step(flux, WARM_UP_SIZE)
+        if here and attention_backend(here[0].residency.device):
+            sizes = [output_size(ratio, megapixels, None, None) for ratio in SIZES for megapixels in ("1", "0.25")]
+            log.info("%s: attention is planned for %d sizes", name, len(sizes))
+            for size in sizes:
+                _step(here[0], size)
+
+
+def _step(flux: Flux, size: Size) -> None:
+    """One step of a picture of nothing."""
+    device, dtype, config = flux.residency.device, flux.dtype, flux.transformer.config
+    t5 = torch.zeros(1, MAX_SEQUENCE_LENGTH[flux.name], config.joint_attention_dim, dtype=dtype, device=device)
+    clip = torch.zeros(1, config.pooled_projection_dim, dtype=dtype, device=device)
+    denoise(flux, Job(size, 1, 1.0, PromptEmbeds(t5, clip)), 0, lambda: None)
 
 
 @dataclass(frozen=True)

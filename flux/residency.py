@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from flux.device import Memory
+from flux.device import Memory, is_out_of_memory
 from flux.live import Changes, LiveWeights, Written
 from flux.plan import FP8_SUFFIX, Layout, Moves, plan_moves, plan_room
 from flux.pristine import Pristine
@@ -69,7 +69,7 @@ class Residency:
         all models use it. The first part of a `Pristine` is the one whose unchanged weights serve the others as theirs.
         """
         size = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
-        live = LiveWeights(module, pristine)
+        live = LiveWeights(module, pristine, mapped=loaded and self.device.type == "cpu")
         if self.memory is not None and pristine not in self._originals.values():
             self._originals[name] = pristine
             pristine.untouched = live.untouched
@@ -146,8 +146,10 @@ class Residency:
         one sentence, `RuntimeError`."""
         try:
             return work()
-        except torch.OutOfMemoryError:
-            pass  # what was computed lives as long as the exception: leave it before freeing
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            # what was computed lives as long as the exception: leave it before freeing
         self.evict_all()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
