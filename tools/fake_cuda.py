@@ -85,7 +85,8 @@ class _Guardless(TorchFunctionMode):
         return func(*args, **kwargs) if result is None else result
 
     def _moved(self, func: Any, args: Any, kwargs: Any) -> Tensor | None:
-        tensor, device, dtype = args[0], kwargs.get("device"), kwargs.get("dtype")
+        tensor: Tensor = args[0]
+        device, dtype = kwargs.get("device"), kwargs.get("dtype")
         for one in args[1:]:
             if isinstance(one, str | torch.device):
                 device = torch.device(one)
@@ -106,7 +107,7 @@ class _Guardless(TorchFunctionMode):
         return result
 
     def _copied(self, target: Tensor, source: Tensor) -> Tensor:
-        torch.broadcast_shapes(target.shape, source.shape)
+        torch.broadcast_shapes(target.shape, source.shape)  # type: ignore[no-untyped-call]
         if source.device.type == "cpu" and target.device.type == "cuda":
             self.ledger.note(source, target.dtype)
         return target
