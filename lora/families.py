@@ -2,7 +2,8 @@
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain, product
+from dataclasses import replace
+from itertools import chain, islice, product
 
 from lora.errors import LoraError
 from lora.header import Header, Shape, shown
@@ -37,6 +38,7 @@ _FAMILIES = (
     ("a LoRA for a language model", r"(?<!encoder)~layers~\d+~(self_attn~[qkvo]_proj|mlp~(gate|up|down)_proj)"),
     ("a LoRA for SDXL", r"^(lora_te2[._]|text_encoder_2\.)text_model"),
 )
+MOST_KEYS = 5_000  # that are looked at: more than any LoRA for FLUX.1 has
 _PARAMETER = re.compile(r"(weight|bias|scale)$")
 _STABLE_DIFFUSION = {
     768: "a LoRA for Stable Diffusion 1.5",
@@ -69,13 +71,18 @@ Sizes = Mapping[str, tuple[int, int]]  # a layer of the file -> rows and columns
 
 def other_family(header: Header, shapes: Shapes, name: str) -> LoraError | None:
     """The error for a file that is something known, but no LoRA for this model; None where nothing is known of it."""
+    header = _shortened(header)
     text = next(chain(_foreign(header), _other_flux(header, shapes)), None)
     return LoraError(f"{name} is {text}.") if text else None
 
 
 def foreign_family(header: Header) -> str | None:
     """What a file is whose keys alone show that it is no LoRA for FLUX.1."""
-    return next(_foreign(header), None)
+    return next(_foreign(_shortened(header)), None)
+
+
+def _shortened(header: Header) -> Header:
+    return replace(header, entries=dict(islice(header.entries.items(), MOST_KEYS)))
 
 
 def may_be_klein(header: Header, shapes: Shapes) -> bool:

@@ -20,6 +20,7 @@ Layers = Mapping[str, tuple[str, ...]]  # a layer's name -> the layers of this m
 
 TRANSFORMER, CLIP, T5 = COMPONENTS
 PEFT_PREFIX = "base_model.model."  # alone, or before or after a dialect's prefix
+LONGEST_SUFFIX = 80  # the longest that is looked for, PEFT's name of the adapter included
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,7 +211,7 @@ def split_key(key: str) -> tuple[str, str | None]:
 def _split(key: str) -> tuple[str, str | None, Dialect | None]:
     """The key without its suffix, the part of an update that the suffix names, and the dialect with that suffix."""
     for dialect, part, pattern in _suffixes(DIALECTS):
-        if match := pattern.search(key):
+        if match := pattern.search(key, max(0, len(key) - LONGEST_SUFFIX)):
             return key[: match.start()], part, dialect
     return key, None, None
 

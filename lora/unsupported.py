@@ -45,18 +45,17 @@ _TUNERS = {
     "xlora": "X-LoRA",
     "prompt": "prompt",
 }
-_KINDS = {
-    "an OFT or BOFT adapter": r"\.b?oft_",
-    "a GLoRA adapter": r"\.[ab][12]\.weight$|\.glora_",
-    "an AdaLoRA adapter": r"\.lora_E$",
-    "an EasyControl LoRA": r"\.(q|k|v|proj)_loras\.\d+\.",
-    **{f"an adapter of PEFT's kind {tuner}": rf"(^|\.)(internal_)?{name}_" for name, tuner in _TUNERS.items()},
-}
-_ANY = re.compile("|".join(_KINDS.values()))
+_TUNER = re.compile(rf"(?:^|\.)(?:internal_)?({'|'.join(_TUNERS)})_")
+_OTHERS = (
+    ("an OFT or BOFT adapter", re.compile(r"\.b?oft_")),
+    ("a GLoRA adapter", re.compile(r"\.[ab][12]\.weight$|\.glora_")),
+    ("an AdaLoRA adapter", re.compile(r"\.lora_E$")),
+    ("an EasyControl LoRA", re.compile(r"\.(q|k|v|proj)_loras\.\d+\.")),
+)
 
 
 def unsupported_kind(key: str) -> str | None:
     """What only a file with such a key can be; None for a key that no unsupported kind has."""
-    if not _ANY.search(key):
-        return None
-    return next(kind for kind, pattern in _KINDS.items() if re.search(pattern, key))
+    if tuner := _TUNER.search(key):
+        return f"an adapter of PEFT's kind {_TUNERS[tuner[1]]}"
+    return next((kind for kind, pattern in _OTHERS if pattern.search(key)), None)
