@@ -11,8 +11,11 @@ import pytest
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
+from lora.names import Names
 from tests.conftest import Server
+from tests.lora_files import shapes_of
 from tools.cog_schema import ROOT, openapi_document
+from tools.random_flux import FluxSize, new_networks
 
 README, DOCS = ROOT / "README.md", ROOT / "docs"
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("[a-z]*/*.md"), *ROOT.glob("weights/demo-*/*.md")])
@@ -161,6 +164,15 @@ def test_the_errors_are_those_of_the_code(page: str, heading: str) -> None:
     for sentence in sentences:
         for part in filter(None, map(str.strip, sentence.split("..."))):
             assert any(part in source for source in sources), f"no error says {part!r}"
+
+
+def test_the_keys_of_every_writer_are_understood() -> None:
+    names = Names(shapes_of(**new_networks(FluxSize(), model="dev")))
+    rows = table_rows(DOCS / "loras.md", "Formats")
+    assert len(rows) >= 12
+    for row in rows:
+        key = next(child.content for child in row[1].children or () if child.type == "code_inline")
+        assert names.understand(key), f"nothing is called {key}"
 
 
 @every_page
