@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from demo.scenes import Scene, picture_of
 from flux.checkpoints import WEIGHTS
+from play.sheet import CELL, contact_sheet, stacked
 from tools.predict_cli import data_url
 from tools.server import CogServer, cog_server
 
@@ -25,7 +26,6 @@ PROMPTS = (
 )
 STRENGTHS = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5)
 GIVEN = Scene("square", "orange", "green", "medium", "middle")
-CELL, MARGIN, GAP = 192, 34, 8  # pixels
 QUICK = {"megapixels": "0.25", "output_format": "png", "seed": 1}
 
 Inputs = dict[str, Any]
@@ -94,20 +94,6 @@ def draw(server: CogServer, inputs: Inputs) -> Image.Image:
     return Image.open(io.BytesIO(content)).resize((CELL, CELL), Image.Resampling.LANCZOS)
 
 
-def sheet_of(grid: Grid, pictures: list[list[Image.Image]]) -> Image.Image:
-    """The grid as one picture, with column titles on top and each row's label under the row."""
-    across, down = CELL + GAP, CELL + MARGIN
-    sheet = Image.new("RGB", (GAP + len(grid.titles) * across, MARGIN + len(grid.rows) * down), "white")
-    pen = ImageDraw.Draw(sheet)
-    for column, title in enumerate(grid.titles):
-        pen.text((GAP + column * across, GAP), title, fill="black", font_size=16)
-    for row, (label, several) in enumerate(zip(grid.rows, pictures, strict=True)):
-        for column, picture in enumerate(several):
-            sheet.paste(picture, (GAP + column * across, MARGIN + row * down))
-        pen.text((GAP, MARGIN + row * down + CELL + 6), label, fill="black", font_size=16)
-    return sheet
-
-
 def table_of(grid: Grid, pictures: list[list[Image.Image]]) -> str:
     """The grid as an HTML table that contains the pictures."""
     lines = ["<tr><th></th>", *(f"<th>{html.escape(title)}</th>" for title in grid.titles), "</tr>"]
@@ -129,14 +115,9 @@ def main() -> None:
             for label, several in grid.rows.items():
                 print(label, flush=True)
                 pictures.append([draw(server, inputs) for inputs in several])
-            sheets.append(sheet_of(grid, pictures))
+            sheets.append(contact_sheet(grid.titles, dict(zip(grid.rows, pictures, strict=True))))
             tables.append(table_of(grid, pictures))
-    whole = Image.new("RGB", (max(s.width for s in sheets), sum(s.height for s in sheets)), "white")
-    top = 0
-    for sheet in sheets:
-        whole.paste(sheet, (0, top))
-        top += sheet.height
-    whole.save(folder / "gallery.png")
+    stacked(sheets).save(folder / "gallery.png")
     style = "body { font-family: sans-serif } th { font-weight: normal; max-width: 12em }"
     head = f"<!doctype html><meta charset='utf-8'><title>flux-lora</title><style>{style}</style>"
     (folder / "index.html").write_text(head + "".join(tables) + "\n")
