@@ -17,6 +17,8 @@ from play.progress import Hooks
 from play.studio import Studio, wire
 
 STYLE = Path(__file__).parent / "style.css"
+# Gradio puts its own container before each rule of STYLE; this one is about the container, for what is sticky in it.
+CONTAINER = "<style>@media (min-width: 900px) { .gradio-container { overflow: visible !important; } }</style>"
 FONTS = ("system-ui", "sans-serif")  # those of this machine: Gradio's own would come from Google
 MONO_FONTS = ("ui-monospace", "monospace")
 HOSTS = ("127.0.0.1", "localhost")  # another name that leads here is somebody's trick
@@ -62,6 +64,7 @@ def build_app(url: str, address: str, folder: Path) -> FastAPI:
         pwa=False,
         theme=_theme(),
         css_paths=STYLE,
+        head=CONTAINER,
     )
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(HOSTS))
     app.add_middleware(_Policy)
