@@ -114,7 +114,7 @@ requests = st.tuples(
 
 
 @pytest.mark.parametrize("room", ROOMS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(requests=st.lists(requests, min_size=2, max_size=6))
 def test_weights_are_those_of_a_fresh_process_on_every_device(
     devices: dict[str, Any],

@@ -16,6 +16,7 @@ from flux.models import Precisions, load_flux
 from flux.pipelines import Job, denoise, encode_prompt
 from flux.plan import TooSmallError
 from lora_loader import LoraLoader
+from phases import Phases
 from settings import read_settings
 from tests.conftest import Server, data_url, same
 from tests.oracle import load_oracle
@@ -98,7 +99,7 @@ def test_loras_are_there_again_when_their_part_comes_back(
         loader, results = LoraLoader(models, settings), []
         for i, (fast, strength) in enumerate(asked):
             flux = models["dev"].fast if fast else models["dev"].exact
-            loras = loader.load("dev", (as_reference(style), strength), (None, 1.0))
+            loras = loader.load("dev", (as_reference(style), strength), (None, 1.0), Phases())
             embeds = encode_prompt(flux, f"prompt {i}", loader.apply(flux, loras))
             results.append(denoise(flux, Job((256, 256), 2, 3.0, embeds), 1, lambda: None))
         return results

@@ -566,7 +566,7 @@ PATTERN = st.tuples(st.sampled_from(["", "^"]), TEXTS, GROUPS | TEXTS, TEXTS, st
 NAMES = st.text("ab1.-_q", max_size=8) | st.sampled_from(["block.1.to_q", "a.to_q", "to_q", "blocks.11.to_q"])
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(
     patterns=st.lists(PATTERN | st.tuples(PATTERN, PATTERN).map("|".join), min_size=1, max_size=3),
     names=st.lists(NAMES, min_size=1),

@@ -20,6 +20,7 @@ from flux.models import load_flux
 from lora import names
 from lora.errors import LoraError
 from lora_loader import LoraLoader
+from phases import Phases
 from settings import read_settings
 from tests.conftest import Server, failure, raw_data_url, same
 from tests.oracle import load_oracle, small_picture
@@ -201,8 +202,8 @@ def test_loras_stay_in_memory_within_its_bounds(
     def origins(loader: LoraLoader, *references: str) -> list[str]:
         found: list[str] = []
         for reference in references:
-            [active] = loader.load("dev", (reference, 1.0), (None, 1.0))
-            loader.apply(models["dev"], [active])
+            [active] = loader.load("dev", (reference, 1.0), (None, 1.0), Phases())
+            loader.apply(models["dev"].exact, [active])
             found.append(active.origin)
         return found
 

@@ -81,7 +81,9 @@ def test_predict_fails_with_one_sentence(
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("name", ["bench", "demo", "gallery", "lint", "lora", "predict", "schema", "serve", "test"])
+@pytest.mark.parametrize(
+    "name", ["bench", "demo", "gallery", "lint", "lora", "play", "predict", "schema", "serve", "test", "test-play"]
+)
 def test_every_script_has_help(name: str, tmp_path: Path) -> None:
     for option in ("-h", "--help"):
         done = script(name, option, environment=dict(os.environ), folder=tmp_path)

@@ -29,6 +29,8 @@ METRICS = {
     "width": int,
     "height": int,
     "lora_fetch_time": float,
+    "lora_read_time": float,
+    "load_time": float,
     "lora_apply_time": float,
     "lora_cache": str,
     "encode_time": float,
