@@ -1,13 +1,9 @@
-"""The part of `cog build`'s OpenAPI document that depends on predict.py, made without Cog's command line.
+"""The OpenAPI document that `cog build` makes of predict.py, made without Cog's command line.
 
-coglet checks a request against the inputs in `.cog/openapi_schema.json`, which `cog build` writes into the container;
-without that file it takes anything. The generator is part of Cog's command line, which is written in Go: neither the
-`cog` package nor coglet has it. This reads the same source text in the same way (statically: literals in the signature
-of `Predictor.run`) and writes the same inputs, choices and output. What Cog's document says beside them, the addresses
-and the form of an answer, is the same for every predictor and nothing here reads it, so it is left out.
-
-It knows the kinds of input that predict.py uses and fails on any other. The form is that of
-`pkg/schema/openapi_spec.go` in Cog's repository.
+coglet checks requests only against `.cog/openapi_schema.json`, which `cog build` writes into the container. This reads
+the same source text in the same way (statically: literals in the signature of `Predictor.run`) and writes the same
+document, so that the server checks requests here as well. It knows the kinds of input that predict.py uses and fails
+on any other. The form is that of `pkg/schema/openapi_spec.go` in Cog's repository.
 """
 
 import ast
@@ -34,23 +30,29 @@ Json = dict[str, Any]
 
 def write_schema() -> Path:
     """Write predict.py's document to `SCHEMA_FILE` unless that is what it holds. Returns its path."""
-    document = json.dumps(openapi_document(PREDICTOR.read_text()))
+    document = to_cog_json(openapi_document(PREDICTOR.read_text()))
     if not SCHEMA_FILE.exists() or SCHEMA_FILE.read_text() != document:
         SCHEMA_FILE.parent.mkdir(exist_ok=True)
         SCHEMA_FILE.write_text(document)
     return SCHEMA_FILE
 
 
+def to_cog_json(document: Json) -> str:
+    """Compact JSON as Go's encoder writes it, which escapes these three."""
+    text = json.dumps(document, separators=(",", ":"), ensure_ascii=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
 def openapi_document(source: str) -> Json:
-    """The OpenAPI 3.0.2 document of the class `Predictor` in the source text.
+    """The OpenAPI 3.0.2 document of the class `Predictor` in the source text, all of it.
 
     Raises `ValueError` for a signature that Cog, or this, cannot read.
     """
     run = _run_method(source)
     inputs, enums = _inputs(run, source)
-    components = {"Input": inputs, "Output": _output(run), **enums}
+    components = {"Input": inputs, "Output": _output(run), **enums, **_fixed_components()}
     info = {"title": "Cog", "version": version("cog")}
-    return {"components": {"schemas": components}, "info": info, "openapi": "3.0.2", "paths": {}}
+    return {"components": {"schemas": components}, "info": info, "openapi": "3.0.2", "paths": _paths()}
 
 
 def _run_method(source: str) -> ast.FunctionDef:
@@ -129,6 +131,86 @@ def _title(name: str) -> str:
 
 def _sorted(mapping: Json | dict[str, str]) -> Json:
     return dict(sorted(mapping.items()))
+
+
+def _ref(name: str) -> Json:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def _text(title: str, **more: str) -> Json:
+    return _sorted({"title": title, "type": "string", **more})
+
+
+def _object(title: str, properties: Json, required: list[str] | None = None) -> Json:
+    needed = {"required": required} if required else {}
+    return {"properties": _sorted(properties), **needed, "title": title, "type": "object"}
+
+
+def _fixed_components() -> Json:
+    """The components that are the same for every predictor."""
+    response = {
+        "input": _ref("Input"),
+        "output": _ref("Output"),
+        "metrics": {"title": "Metrics", "type": "object"},
+        **{name: _text(_title(name)) for name in ("id", "version", "status", "error", "logs")},
+        **{name: _text(_title(name), format="date-time") for name in ("created_at", "started_at", "completed_at")},
+    }
+    place = {"items": {"anyOf": [{"type": "string"}, {"type": "integer"}]}, "title": "Location", "type": "array"}
+    problems = {"detail": {"items": _ref("ValidationError"), "title": "Detail", "type": "array"}}
+    states = ["starting", "processing", "succeeded", "canceled", "failed"]
+    return {
+        "PredictionRequest": _object("PredictionRequest", {"id": _text("Id"), "input": _ref("Input")}),
+        "PredictionResponse": _object("PredictionResponse", response),
+        "Status": {"description": "An enumeration.", "enum": states, "title": "Status", "type": "string"},
+        "HTTPValidationError": _object("HTTPValidationError", problems),
+        "ValidationError": _object(
+            "ValidationError",
+            {"loc": place, "msg": _text("Message"), "type": _text("Error Type")},
+            ["loc", "msg", "type"],
+        ),
+    }
+
+
+def _answers(schema: Json, *, checked: bool) -> Json:
+    def answer(description: str, content: Json) -> Json:
+        return {"content": {"application/json": {"schema": content}}, "description": description}
+
+    answers = {"200": answer("Successful Response", schema)}
+    if checked:
+        answers["422"] = answer("Validation Error", _ref("HTTPValidationError"))
+    return answers
+
+
+def _paths() -> Json:
+    body = {"content": {"application/json": {"schema": _ref("PredictionRequest")}}}
+    identifier = {"in": "path", "name": "prediction_id", "required": True, "schema": _text("Prediction Id")}
+    return {
+        "/": {"get": {"operationId": "root__get", "responses": _answers({}, checked=False), "summary": "Root"}},
+        "/health-check": {
+            "get": {
+                "operationId": "healthcheck_health_check_get",
+                "responses": _answers({}, checked=False),
+                "summary": "Healthcheck",
+            }
+        },
+        "/predictions": {
+            "post": {
+                "description": "Run a single prediction on the model",
+                "operationId": "predict_predictions_post",
+                "requestBody": body,
+                "responses": _answers(_ref("PredictionResponse"), checked=True),
+                "summary": "Predict",
+            }
+        },
+        "/predictions/{prediction_id}/cancel": {
+            "post": {
+                "operationId": "cancel_predictions__prediction_id__cancel_post",
+                "parameters": [identifier],
+                "responses": _answers({}, checked=True),
+                "summary": "Cancel",
+            }
+        },
+    }
 
 
 if __name__ == "__main__":
