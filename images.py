@@ -13,6 +13,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from colours import to_srgb
+from masks import mask_levels, report_mask
+
 log = logging.getLogger("flux-lora")
 
 Size = tuple[int, int]  # width, height in pixels
@@ -30,6 +33,8 @@ SIZES: dict[str, Size] = {  # at 1 megapixel; at 0.25 each side is half of that
     "9:16": (768, 1344),
     "9:21": (640, 1536),
 }
+SAME_SHAPE = 0.03  # by which the ratios of two pictures' sides may differ
+ORIENTATION = 0x0112  # EXIF's tag of how the picture is turned; 1 is upright
 SIDE_MULTIPLE = 16  # 8 pixels a latent, 2 x 2 latents a token
 LONGEST_INPUT_SIDE = 1440
 MOST_INPUT_PIXELS = 89_000_000  # decoded, 270 MB; just under where Pillow itself begins to warn
@@ -71,16 +76,37 @@ def read_inputs(
 
     Raises `ImageError` for pictures that cannot be used, `ValueError` for sizes that make no sense.
     """
+    image, mask = _given(image), _given(mask)
     if image is None and mask is not None:
         raise ValueError("mask needs image, the picture that it masks.")
     if (width or height) and (image is not None or aspect_ratio != "custom"):
         log.warning('width and height are ignored: they are for aspect_ratio "custom" without an image')
     if image is None:
         return Inputs(output_size(aspect_ratio, megapixels, width, height))
-    picture = read_picture(image, "image")
+    picture, turned = _read(image, "image")
+    picture = _opaque_rgb(picture)
     size = input_size(picture)
     resized = picture.resize(size, RESAMPLING)
-    return Inputs(size, resized, read_mask(mask, size) if mask is not None else None)
+    if mask is None:
+        return Inputs(size, resized)
+    drawing, mask_turned = _read(mask, "mask")
+    _compare(picture, turned, drawing, mask_turned)
+    return Inputs(size, resized, _cut(drawing, size))
+
+
+def _given(file: Path | str | None) -> Path | str | None:
+    """Empty text, which some clients send for an input that is left out, names no file."""
+    return None if file is None or str(file).strip() in ("", ".") else file
+
+
+def _compare(picture: Image.Image, turned: int, mask: Image.Image, mask_turned: int) -> None:
+    """Say in the log in what a mask does not fit its picture; both are upright already."""
+    if turned != mask_turned:
+        turned_one, other = ("image", "mask") if mask_turned == 1 else ("mask", "image")
+        log.warning("%s is turned upright by its EXIF data, %s is not turned that way", turned_one, other)
+    ratio = (mask.width * picture.height) / (mask.height * picture.width)
+    if abs(math.log(ratio)) > SAME_SHAPE:
+        log.warning("mask: it is %d x %d and stretched to the shape of the image, %d x %d", *mask.size, *picture.size)
 
 
 def output_size(aspect_ratio: str, megapixels: str, width: int | None, height: int | None) -> Size:
@@ -108,9 +134,17 @@ def _to_multiple(side: int | Fraction) -> int:
 
 
 def read_picture(file: Path | str, name: str) -> Image.Image:
-    """Read the file that Cog fetched for the input `name` as an upright, opaque 8-bit RGB picture.
+    """Read the file that Cog fetched for the input `name` as an upright, opaque 8-bit picture in sRGB.
 
     Raises `ImageError` for anything but a whole picture of a sane size that Cog itself fetched.
+    """
+    return _opaque_rgb(_read(file, name)[0])
+
+
+def _read(file: Path | str, name: str) -> tuple[Image.Image, int]:
+    """The upright picture in 8 bits, transparency included, and the orientation of its EXIF data (1: it was upright).
+
+    An image comes in sRGB. A mask's colours are levels, which no profile changes. Raises `ImageError`.
     """
     path = _fetched_by_cog(file, name)
     try:
@@ -119,7 +153,9 @@ def read_picture(file: Path | str, name: str) -> Image.Image:
             with Image.open(path, formats=FORMATS) as picture:
                 _check_pixels(picture, name)
                 picture.load()  # the first frame, where there are several
-                return _opaque_rgb(_upright(picture), name)
+                _check_kind(picture, name)
+                upright = _eight_bits(_upright(picture))
+                return (to_srgb(upright, name) if name == "image" else upright), _orientation(picture)
     except ImageError:
         raise
     except Image.DecompressionBombError:
@@ -131,8 +167,14 @@ def read_picture(file: Path | str, name: str) -> Image.Image:
 
 def read_mask(file: Path | str, size: Size) -> Image.Image:
     """Read a mask as 8-bit grey ("L") of the given size: 255 where it is repainted (128 and up), else 0."""
-    grey = read_picture(file, "mask").convert("L").resize(size, RESAMPLING)
-    return grey.point([0] * 128 + [255] * 128)
+    return _cut(_read(file, "mask")[0], size)
+
+
+def _cut(mask: Image.Image, size: Size) -> Image.Image:
+    grey = mask_levels(mask).resize(size, RESAMPLING)
+    cut = grey.point([0] * 128 + [255] * 128)
+    report_mask(cut)
+    return cut
 
 
 def keep_unmasked(painted: Image.Image, original: Image.Image, mask: Image.Image) -> Image.Image:
@@ -194,13 +236,34 @@ def _upright(picture: Image.Image) -> Image.Image:
         return picture
 
 
-def _opaque_rgb(picture: Image.Image, name: str) -> Image.Image:
+def _orientation(picture: Image.Image) -> int:
+    try:
+        return max(1, int(picture.getexif().get(ORIENTATION, 1)))
+    except Exception:  # noqa: BLE001 - hostile bytes, as above
+        return 1
+
+
+def _check_kind(picture: Image.Image, name: str) -> None:
     if picture.mode == "F":
         raise ImageError(f"{name} has floating-point pixels: send 8 or 16 bits a channel.")
-    if picture.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255 rather than scale
-        grey = np.asarray(picture.convert("I")).clip(0, 65535)
-        return Image.fromarray((grey / 257).round().astype(np.uint8)).convert("RGB")
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """16-bit grey scaled to 8 bits, which Pillow would clip at 255; any other picture as it is."""
+    if not picture.mode.startswith("I"):
+        return picture
+    grey = np.asarray(picture.convert("I")).clip(0, 65535)
+    eight = Image.fromarray((grey / 257).round().astype(np.uint8))
+    eight.info = {name: value for name, value in picture.info.items() if name == "icc_profile"}
+    return eight
+
+
+def _opaque_rgb(picture: Image.Image) -> Image.Image:
+    """Laid on white where it is transparent. Nothing else that the file held (a profile, EXIF data, a comment) goes
+    with the pixels, since Pillow would write it into the output."""
     if picture.has_transparency_data:
         white = Image.new("RGBA", picture.size, "white")
-        return Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")
-    return picture.convert("RGB")
+        picture = Image.alpha_composite(white, picture.convert("RGBA"))
+    rgb = picture.convert("RGB")
+    rgb.info = {}
+    return rgb

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageCms, ImageOps
 
 import images
 from images import ImageError, input_size, keep_unmasked, output_size, read_inputs, read_mask, read_picture
@@ -182,6 +182,119 @@ def test_a_damaged_exif_block_does_not_cost_the_picture(fetched: FetchedFile) ->
     assert read_picture(fetched(broken), "image").size == RED_BLUE.size
 
 
+# Colour profiles, written by hand after the ICC's specification (ICC.1:2010): big-endian, one tag after another
+
+
+def profile(space: bytes, connection: bytes, tags: dict[bytes, bytes]) -> bytes:
+    header_and_table, data = 128 + 4 + 12 * len(tags), b""
+    table = struct.pack(">I", len(tags))
+    for name, content in tags.items():
+        table += struct.pack(">4sII", name, header_and_table + len(data), len(content))
+        data += content + bytes(-len(content) % 4)
+    kind = b"prtr" if space == b"CMYK" else b"mntr"
+    size = header_and_table + len(data)
+    start = struct.pack(">I4sI4s4s4s12s4s", size, b"lcms", 0x02100000, kind, space, connection, bytes(12), b"acsp")
+    white = b"".join(map(fixed, D50))
+    return (start + bytes(28) + white).ljust(128, b"\0") + table + data
+
+
+def fixed(number: float) -> bytes:
+    return struct.pack(">i", round(number * 65536))
+
+
+def xyz(*numbers: float) -> bytes:
+    return b"XYZ \0\0\0\0" + b"".join(map(fixed, numbers))
+
+
+def gamma(exponent: float) -> bytes:
+    return b"curv\0\0\0\0" + struct.pack(">IH", 1, round(exponent * 256))
+
+
+def rgb_profile(columns: np.ndarray, exponent: float) -> bytes:
+    """A display whose red, green and blue are the columns, in XYZ."""
+    colours = {name: xyz(*column) for name, column in zip((b"rXYZ", b"gXYZ", b"bXYZ"), columns.T, strict=True)}
+    curves = dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), gamma(exponent))
+    return profile(b"RGB ", b"XYZ ", {b"wtpt": xyz(*D50), **colours, **curves})
+
+
+def cmyk_profile(lightness: float) -> bytes:
+    """Paper is white, cyan alone a grey of this lightness (CIE L*), and all other full inks are black."""
+    ramp = bytes(range(256))
+    levels = [255, *[0] * 7, round(lightness * 2.55), *[0] * 7]
+    table = b"mft1\0\0\0\0" + bytes([4, 3, 2, 0]) + b"".join(map(fixed, (1, 0, 0, 0, 1, 0, 0, 0, 1)))
+    table += ramp * 4 + b"".join(bytes([level, 128, 128]) for level in levels) + ramp * 3
+    return profile(b"CMYK", b"Lab ", {b"wtpt": xyz(*D50), b"A2B0": table})
+
+
+D50 = (0.9642, 1.0, 0.8249)
+SRGB = np.array([[0.4361, 0.3851, 0.1431], [0.2225, 0.7169, 0.0606], [0.0139, 0.0971, 0.7142]])
+DISPLAY_P3 = np.array([[0.5151, 0.2920, 0.1571], [0.2412, 0.6922, 0.0666], [-0.0011, 0.0419, 0.7841]])
+
+
+def from_linear(light: np.ndarray) -> np.ndarray:
+    """Levels of sRGB (IEC 61966-2-1)."""
+    light = light.clip(0, 1)
+    return 255 * np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("transparent", [False, True])
+def test_a_wide_gamut_is_converted_to_srgb(fetched: FetchedFile, kind: str, transparent: bool) -> None:
+    levels = np.random.default_rng(0).integers(40, 200, (4, 4, 3), dtype=np.uint8).repeat(16, 0).repeat(16, 1)
+    picture = Image.fromarray(levels)
+    if transparent and kind != "JPEG":
+        picture.putalpha(255)
+    options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100, "subsampling": 0}}.get(kind, {})
+    icc = rgb_profile(DISPLAY_P3, 2.2)
+    read = read_picture(fetched(encoded(picture, kind, icc_profile=icc, **options)), "image")
+    expected = from_linear((levels / 255) ** 2.2 @ DISPLAY_P3.T @ np.linalg.inv(SRGB).T)
+    assert np.abs(np.asarray(read) - expected).max() <= (4 if kind == "JPEG" else 1.5)
+    assert np.abs(levels - expected).max() > 8
+
+
+def test_grey_with_a_gamma_and_ink_with_a_profile_are_converted_to_srgb(fetched: FetchedFile) -> None:
+    mac = profile(b"GRAY", b"XYZ ", {b"wtpt": xyz(*D50), b"kTRC": gamma(1.8)})
+    grey = Image.linear_gradient("L")
+    read = np.asarray(read_picture(fetched(encoded(grey, "PNG", icc_profile=mac)), "image"))
+    assert np.abs(read - from_linear((np.asarray(grey)[..., None] / 255) ** 1.8)).max() <= 1.5
+    sixteen = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    assert np.array_equal(read_picture(fetched(encoded(sixteen, "PNG", icc_profile=mac)), "image"), read)
+    cyan = Image.new("CMYK", (32, 32), (255, 0, 0, 0))
+    for kind in ("TIFF", "JPEG"):
+        inked = read_picture(fetched(encoded(cyan, kind, icc_profile=cmyk_profile(50))), "image")
+        assert np.abs(np.asarray(inked, float) - 119).max() <= 3  # L* 50
+
+
+@pytest.mark.parametrize(
+    "icc",
+    [
+        ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(),
+        b"no profile at all",
+        cmyk_profile(50),
+        rgb_profile(DISPLAY_P3, 2.2)[:200],
+    ],
+    ids=["sRGB", "junk", "of another colour space", "cut"],
+)
+def test_pixels_stay_as_they_are_under_srgb_and_under_a_profile_of_no_use(
+    fetched: FetchedFile, photo: Image.Image, icc: bytes
+) -> None:
+    read = read_picture(fetched(encoded(photo, "PNG", icc_profile=icc)), "image")
+    assert np.array_equal(np.asarray(read), np.asarray(photo))
+
+
+def test_nothing_but_pixels_goes_into_the_output(fetched: FetchedFile, tmp_path: Path, photo: Image.Image) -> None:
+    icc, exif = rgb_profile(DISPLAY_P3, 2.2), Image.Exif()
+    exif[0x010E] = "where I live"
+    for kind in ("PNG", "JPEG"):
+        file = fetched(encoded(photo, kind, icc_profile=icc, exif=exif, comment="mine"))
+        read = read_inputs(file, fetched(RED_BLUE.convert("L")), "1:1", "1", None, None).picture
+        assert read is not None
+        assert keep_unmasked(read, read, Image.new("L", read.size)).info == {}
+        for path in images.save_pictures([read], tmp_path, "png", 80):
+            with Image.open(path) as saved:
+                assert saved.info == {}
+
+
 @given(st.integers(1, 20_000), st.integers(1, 20_000))
 def test_input_sizes_keep_the_shape_within_1440(width: int, height: int) -> None:
     class Shape:
@@ -235,6 +348,91 @@ def test_a_mask_of_another_size_and_mode_is_cut_at_128(fetched: FetchedFile) -> 
 def test_127_is_kept_and_128_is_repainted(fetched: FetchedFile) -> None:
     assert read_mask(fetched(Image.new("L", (16, 16), 127)), (16, 16)).getextrema() == (0, 0)
     assert read_mask(fetched(Image.new("L", (16, 16), 128)), (16, 16)).getextrema() == (255, 255)
+
+
+DRAWN = Image.new("L", (64, 64), 0)  # what each of these masks means: the upper half is repainted
+DRAWN.paste(255, (0, 0, 64, 32))
+
+
+def on_transparency(colour: str, alpha: Image.Image = DRAWN) -> Image.Image:
+    mask = Image.new("RGBA", alpha.size, colour)
+    mask.putalpha(alpha)
+    return mask
+
+
+def black_and_white_on_transparency() -> Image.Image:
+    alpha = DRAWN.point([128] * 256)
+    alpha.paste(255, (0, 0, 64, 48))
+    mask = Image.merge("RGBA", [*[DRAWN] * 3, alpha])
+    mask.putpixel((0, 63), (0, 0, 0, 0))
+    return mask
+
+
+def photo_with_a_hole() -> Image.Image:
+    gradient = Image.linear_gradient("L").resize((64, 64))
+    return Image.merge("RGBA", [gradient, gradient.rotate(90), gradient.rotate(180), ImageOps.invert(DRAWN)])
+
+
+DARK_COLOURS = Image.composite(on_transparency("navy"), on_transparency("maroon"), DRAWN.rotate(90))
+PAINTED, HOLE = "what is painted is repainted, what is transparent is kept", "transparent parts: they are repainted"
+MASKS = {
+    "white strokes": (on_transparency("white"), PAINTED),
+    "black strokes": (on_transparency("black"), PAINTED),
+    "red strokes": (on_transparency("red"), PAINTED),
+    "grey and alpha": (on_transparency("white").convert("LA"), PAINTED),
+    "dark strokes of several colours": (DARK_COLOURS, PAINTED),
+    "a palette with transparency": (on_transparency("red").quantize(8), PAINTED),
+    "white that was cut out": (DRAWN.copy(), PAINTED),
+    "black and white": (black_and_white_on_transparency(), "white is repainted, black and what is transparent"),
+    "a photo with a hole": (photo_with_a_hole(), HOLE),
+    "opaque": (DRAWN.convert("RGBA"), None),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_a_mask_may_be_drawn_in_its_transparency(
+    fetched: FetchedFile, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    mask, line = MASKS[name]
+    options = {"transparency": 0} if name == "white that was cut out" else {}
+    with caplog.at_level("INFO"):
+        read = read_mask(fetched(encoded(mask, "PNG", **options)), (64, 64))
+    assert np.array_equal(np.asarray(read), np.asarray(DRAWN))
+    assert caplog.text.count("mask: ") == (line is not None)
+    assert line is None or line in caplog.text
+
+
+def test_a_mask_that_does_not_fit_its_picture_is_said(fetched: FetchedFile, caplog: pytest.LogCaptureFixture) -> None:
+    upright, turned, mirrored = Image.Exif(), Image.Exif(), Image.Exif()
+    turned[0x0112], mirrored[0x0112] = 6, 2
+
+    def lines(mask: Image.Image, image_exif: Image.Exif = upright, mask_exif: Image.Exif = upright) -> str:
+        caplog.clear()
+        image = fetched(encoded(Image.new("RGB", (40, 20), "red"), "PNG", exif=image_exif))
+        with caplog.at_level("INFO"):
+            read_inputs(image, fetched(encoded(mask, "PNG", exif=mask_exif)), "1:1", "1", None, None)
+        return caplog.text
+
+    half = Image.new("L", (80, 40), 0)
+    half.paste(255, (0, 0, 40, 40))
+    assert lines(half) == ""
+    assert "mask: all of it is white, so the whole picture is repainted" in lines(Image.new("L", (40, 20), 255))
+    for empty in (Image.new("L", (40, 20), 0), Image.new("RGBA", (40, 20), (255, 255, 255, 0))):
+        assert "mask: all of it is black, so nothing is repainted" in lines(empty)
+    assert "mask: it is 40 x 40 and stretched to the shape of the image, 40 x 20" in lines(half.resize((40, 40)))
+    stretched = lines(half, turned)
+    assert "image is turned upright by its EXIF data, mask is not turned that way" in stretched
+    assert "mask: it is 80 x 40 and stretched to the shape of the image, 20 x 40" in stretched
+    assert "mask is turned upright by its EXIF data" in lines(half, mask_exif=mirrored)
+    assert lines(half, turned, turned) == ""
+
+
+@pytest.mark.parametrize("nothing", ["", "  ", None])
+def test_empty_text_is_no_picture(fetched: FetchedFile, nothing: str | None) -> None:
+    assert read_inputs(nothing, nothing, "1:1", "1", None, None).mode == "txt2img"
+    assert read_inputs(fetched(RED_BLUE), nothing, "1:1", "1", None, None).mode == "img2img"
+    with pytest.raises(ValueError, match="mask needs image"):
+        read_inputs(nothing, fetched(RED_BLUE), "1:1", "1", None, None)
 
 
 def test_a_mask_alone_is_refused(fetched: FetchedFile) -> None:
