@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 import tempfile
 import warnings
 from collections import deque
@@ -34,6 +35,7 @@ SIZES: dict[str, Size] = {  # at 1 megapixel; at 0.25 each side is half of that
     "9:21": (640, 1536),
 }
 SAME_SHAPE = 0.03  # by which the ratios of two pictures' sides may differ
+TEMPORARY_NAME = re.compile(r"tmp[a-z0-9_]{8}")  # how the names begin that Python's tempfile, and so Cog, makes
 ORIENTATION = 0x0112  # EXIF's tag of how the picture is turned; 1 is upright
 SIDE_MULTIPLE = 16  # 8 pixels a latent, 2 x 2 latents a token
 LONGEST_INPUT_SIDE = 1440
@@ -210,8 +212,10 @@ class OutputFolders:
 
 def _fetched_by_cog(file: Path | str, name: str) -> Path:
     """Cog downloads addresses and data URIs into its temporary folder, but hands any other text through as it is,
-    and a path on the server is not the sender's to read."""
-    if isinstance(file, Path) and file.resolve().parent == Path(tempfile.gettempdir()).resolve():
+    and a path on the server is not the sender's to read. The folder holds other files too, but none whose name has
+    the eight random letters that tempfile gives: nobody can guess another sender's."""
+    inside = isinstance(file, Path) and file.resolve().parent == Path(tempfile.gettempdir()).resolve()
+    if isinstance(file, Path) and inside and TEMPORARY_NAME.match(file.name):
         return file
     raise ImageError(f"{name} must be an http(s) address or a data: URI; paths on the server are not read.")
 

@@ -1,7 +1,6 @@
 """The predictor that Cog serves: what it takes, and the way of one request from its inputs to its pictures."""
 
 import logging
-import secrets
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from flux.checkpoints import find_checkpoints, is_demo
 from flux.device import check_device, choose_device, compiles, compute_dtype, memory_of, synchronize
 from flux.models import FP8, Flux, cache_blocks, compile_blocks, fill_device, fits, load_flux, residency_of
 from flux.pipelines import Job, decode, denoise, encode_picture, encode_prompt, steps_to_run, warm_up
+from hints import reported_seed, request_hints, usable_seed
 from images import Inputs, OutputFolders, Size, keep_unmasked, read_inputs, save_pictures
 from lora_loader import ActiveLora, LoraLoader, slowest_origin
 from phases import Phases
@@ -182,7 +182,7 @@ class Predictor(BaseRunner):
         """Draw the pictures of one request, one after another."""
         # JSON's 28.0 is an integer to the schema and a float to Python
         num_outputs, steps, quality = int(num_outputs), int(num_inference_steps), int(output_quality)
-        seed = _usable_seed(seed, num_outputs)
+        seed = usable_seed(seed, num_outputs)
         phases = Phases(partial(synchronize, self.device))
         residency_of(self.models).phases = phases
 
@@ -195,9 +195,12 @@ class Predictor(BaseRunner):
             model, (replicate_weights, lora_scale * factor), (extra_lora, extra_lora_scale * factor), phases
         )
         log.info("%s, %s, %d x %d, seed %d", model, inputs.mode, *inputs.size, seed)
+        to_run = steps_to_run(steps, prompt_strength)
+        for hint in request_hints(model, inputs.mode, steps, to_run, guidance_scale, prompt_strength, seed):
+            log.info("%s", hint)
         if inputs.picture and self.settings.safety_check_inputs and not disable_safety_checker:
             self._screen_input(inputs.picture, phases)
-        if inputs.picture is not None and steps_to_run(steps, prompt_strength) == 0:
+        if inputs.picture is not None and to_run == 0:
             pictures = [inputs.picture] * num_outputs
         else:
             request = Request(prompt, inputs, steps, guidance_scale, prompt_strength, range(seed, seed + num_outputs))
@@ -276,7 +279,7 @@ class Predictor(BaseRunner):
     ) -> None:
         width, height = inputs.size
         metrics: dict[str, int | float | str] = {
-            "seed": seed,
+            "seed": reported_seed(seed),
             "mode": inputs.mode,
             "precision": flux.precision,
             "width": width,
@@ -289,11 +292,3 @@ class Predictor(BaseRunner):
         metrics |= {f"{name}_time": value for name, value in seconds.items()}
         for name, value in metrics.items():
             self.record_metric(name, value)
-
-
-def _usable_seed(seed: int | None, num_outputs: int) -> int:
-    if seed is None:
-        return secrets.randbits(32)
-    if not -(2**63) < seed <= 2**63 - num_outputs:  # beyond 64 bits, JSON's numbers lose their last digits
-        raise ValueError(f"seed must be a whole number from {-(2**63) + 1} to {2**63 - num_outputs}.")
-    return int(seed)

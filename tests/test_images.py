@@ -105,6 +105,18 @@ def test_a_way_out_of_the_temporary_folder_is_not_followed(tmp_path: Path, fetch
             read_picture(path, "image")
 
 
+def test_what_others_left_in_the_temporary_folder_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fetched: FetchedFile
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for name in ("photo.png", "tmp.png", "tmp/x.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        RED_BLUE.save(tmp_path / name)
+        with pytest.raises(ImageError, match="paths on the server are not read"):
+            read_picture(tmp_path / name, "image")
+    assert read_picture(fetched(RED_BLUE), "image").size == RED_BLUE.size
+
+
 def gif_of_two() -> bytes:
     return encoded(RED_BLUE.quantize(), "GIF", save_all=True, append_images=[Image.new("P", (40, 20))])
 

@@ -137,11 +137,15 @@ def test_a_seed_that_was_chosen_is_told_and_repeats_the_picture(server: Server, 
     assert same(server.pictures(**{**small, "seed": seed})[0], decode_picture(answer["output"][0]))
 
 
-@pytest.mark.parametrize("seed", [0, -1, 2**32, 2**63 - 1, -(2**63) + 1])
+@pytest.mark.parametrize("seed", [0, -1, 2**32, 2**63, 2**64 - 1, -(2**63) + 1])
 def test_seeds_of_any_sign_and_size(server: Server, small: dict[str, Any], seed: int) -> None:
+    """The generator uses 32 bits, and the log says where a seed has more."""
     answer = server(**{**small, "seed": seed})
     assert answer["status"] == "succeeded"
-    assert answer["metrics"]["seed"] == seed
+    assert answer["metrics"]["seed"] == (seed if seed < 2**63 else seed % 2**32)
+    assert ("lowest 32 bits count" in answer["logs"]) == (seed != 0)
+    assert f"the picture is that of seed {seed % 2**32}" in answer["logs"] or seed == 0
+    assert same(server.pictures(**{**small, "seed": seed % 2**32})[0], decode_picture(answer["output"][0]))
 
 
 @pytest.mark.parametrize(
@@ -191,6 +195,30 @@ def test_what_is_done_otherwise_than_asked_is_said(server: Server, small: dict[s
     assert "width and height are ignored" not in server(**small)["logs"]
 
 
+def test_what_a_request_most_likely_forgot_is_said(server: Server, small: dict[str, Any], photo: Image.Image) -> None:
+    """The strengths are those from which diffusers starts with noise alone."""
+
+    def logs(**inputs: Any) -> str:
+        return str(server(**{**small, "image": data_url(photo), **inputs})["logs"])
+
+    remains = "so nothing of the image remains"
+    assert "prompt_strength 0.76: 4 of the 4 steps run, so nothing of the image remains; up to 0.75 something does" in (
+        logs(model="schnell", num_inference_steps=4, prompt_strength=0.76)
+    )
+    most = logs(model="schnell", num_inference_steps=4, prompt_strength=0.75, guidance_scale=5)
+    assert "prompt_strength 0.75: 3 of the 4 steps run\n" in most
+    assert "schnell has no guidance: guidance_scale is ignored" in most
+    white = data_url(Image.new("L", (9, 9), 255))
+    masked = logs(model="schnell", num_inference_steps=1, prompt_strength=1, mask=white)
+    assert "1 of the 1 steps run, so nothing of what is under the mask's white remains\n" in masked
+    assert "mask: all of it is white" in masked
+    assert "0 of the 3 steps run, so the image comes back as it is" in logs(prompt_strength=0)
+    plain = logs(image="", mask="", model="schnell", num_inference_steps=28)
+    assert "schnell: 28 steps are asked for; 4 are usual" in plain
+    for never in (remains, "prompt_strength", "guidance"):
+        assert never not in plain
+
+
 def bad_inputs() -> dict[str, tuple[dict[str, Any], str]]:
     bomb = Image.new("1", (9500, 9500))
     assert bomb.width * bomb.height > MOST_INPUT_PIXELS
@@ -199,15 +227,14 @@ def bad_inputs() -> dict[str, tuple[dict[str, Any], str]]:
         "path": ({"image": "/etc/passwd"}, "image must be an http(s) address or a data: URI"),
         "file URL": ({"image": "file:///etc/passwd"}, "image must be an http(s) address or a data: URI"),
         "mask path": ({"image": dot, "mask": "/etc/hostname"}, "mask must be an http(s) address or a data: URI"),
-        "empty string": ({"image": ""}, "image must be an http(s) address or a data: URI"),
         "text": ({"image": raw_data_url(b"hello", "text/plain")}, "image is not a picture that can be read"),
         "svg": ({"image": raw_data_url(b"<svg/>", "image/svg+xml")}, "image is not a picture that can be read"),
         "bomb": ({"image": data_url(bomb)}, "image has too many pixels"),
         "bad mask": ({"image": dot, "mask": raw_data_url(b"")}, "mask is not a picture that can be read"),
         "mask alone": ({"mask": dot}, "mask needs image"),
         "custom": ({"aspect_ratio": "custom", "width": 512}, 'aspect_ratio "custom" needs both width and height'),
-        "huge seed": ({"seed": 2**63}, "seed must be a whole number from -9223372036854775807 to 9223372036854775807"),
-        "seed + i": ({"seed": 2**63 - 3, "num_outputs": 4}, "seed must be a whole number from"),
+        "huge seed": ({"seed": 2**64}, "seed must be a whole number from -9223372036854775807 to 18446744073709551615"),
+        "seed + i": ({"seed": 2**64 - 3, "num_outputs": 4}, "seed must be a whole number from"),
         "negative seed": ({"seed": -(2**63)}, "seed must be a whole number from"),
         "more negative seed": ({"seed": -(2**63) - 1}, "seed must be a whole number from"),
         "astronomic seed": ({"seed": 10**40}, "seed must be a whole number from"),
