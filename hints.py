@@ -1,8 +1,11 @@
 """What a request most likely forgot, or cannot have meant: one line for the log each. Nothing is changed by them."""
 
+import logging
 import math
 import secrets
 from collections.abc import Iterator
+
+log = logging.getLogger("flux-lora")
 
 SEED_BITS = 32  # of a seed, the lowest, are what torch's CPU generator (a Mersenne Twister) starts from
 LEAST_SEED, MOST_SEED = -(2**63) + 1, 2**64 - 1
@@ -12,13 +15,18 @@ DEFAULT_GUIDANCE = 3
 
 
 def usable_seed(seed: int | None, num_outputs: int) -> int:
-    """The seed of the first picture; a random one where none is given. Raises `ValueError` beyond 64 bits, signed or
-    unsigned."""
+    """The seed of the first picture; a random one where none is given. The log says which the generator makes of it.
+
+    Raises `ValueError` beyond 64 bits, signed or unsigned.
+    """
     if seed is None:
         return secrets.randbits(SEED_BITS)
     most = MOST_SEED + 1 - num_outputs
     if not LEAST_SEED <= seed <= most:
         raise ValueError(f"seed must be a whole number from {LEAST_SEED} to {most}.")
+    used = seed % 2**SEED_BITS
+    if used != seed:
+        log.info("seed %d: only its lowest %d bits count, so the picture is that of seed %d", seed, SEED_BITS, used)
     return int(seed)
 
 
@@ -28,12 +36,9 @@ def reported_seed(seed: int) -> int:
 
 
 def request_hints(
-    model: str, mode: str, steps: int, steps_to_run: int, guidance_scale: float, strength: float, seed: int
+    model: str, mode: str, steps: int, steps_to_run: int, guidance_scale: float, strength: float
 ) -> Iterator[str]:
     """`steps_to_run` is how many of the `steps` image-to-image runs at this strength."""
-    used = seed % 2**SEED_BITS
-    if used != seed:
-        yield f"seed {seed}: only its lowest {SEED_BITS} bits count, so the picture is that of seed {used}"
     if model == "schnell" and steps > MANY_SCHNELL_STEPS:
         yield f"schnell: {steps} steps are asked for; {USUAL_SCHNELL_STEPS} are usual and take less time"
     if model == "schnell" and guidance_scale != DEFAULT_GUIDANCE:

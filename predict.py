@@ -196,7 +196,7 @@ class Predictor(BaseRunner):
         )
         log.info("%s, %s, %d x %d, seed %d", model, inputs.mode, *inputs.size, seed)
         to_run = steps_to_run(steps, prompt_strength)
-        for hint in request_hints(model, inputs.mode, steps, to_run, guidance_scale, prompt_strength, seed):
+        for hint in request_hints(model, inputs.mode, steps, to_run, guidance_scale, prompt_strength):
             log.info("%s", hint)
         if inputs.picture and self.settings.safety_check_inputs and not disable_safety_checker:
             self._screen_input(inputs.picture, phases)

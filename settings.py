@@ -121,6 +121,8 @@ class Settings:
     lora_cache_bytes: int = _variable("LORA_CACHE_GB", _gigabytes, "50")
     lora_ram_bytes: int = _variable("LORA_RAM_GB", _gigabytes, "8")
     lora_max_bytes: int = _variable("LORA_MAX_GB", _gigabytes, "5")
+    # None: no request can name a file of this machine; else those in this very folder, by name
+    lora_folder: Path | None = _variable("LORA_FOLDER", _path)  # noqa: RUF009 - a field()
     lora_allow_private_hosts: bool = _variable("LORA_ALLOW_PRIVATE_HOSTS", _switch, "0")
     hf_endpoint: str = _variable("HF_ENDPOINT", _url, "https://huggingface.co")
     civitai_endpoint: str = _variable("CIVITAI_ENDPOINT", _url, "https://civitai.com")

@@ -3,7 +3,7 @@
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from urllib.parse import SplitResult
 
@@ -45,10 +45,15 @@ class Source(ABC):
         return None
 
     @property
+    def identity(self) -> tuple[object, ...]:
+        """What tells it from others of its kind."""
+        return tuple(getattr(self, field.name) for field in fields(self) if field.compare)
+
+    @property
     def key(self) -> str:
         """Its name in the cache: a hash, so that nothing of an address can be read there. A token in the address makes
         another key, since others may not be allowed to read what it opens."""
-        return hashlib.sha256(repr((type(self).__name__, astuple(self))).encode()).hexdigest()
+        return hashlib.sha256(repr((type(self).__name__, self.identity)).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from urllib.parse import quote
 
 import httpx2
 from huggingface_hub import HfApi, get_token, hf_hub_url
@@ -26,11 +27,17 @@ Files = Mapping[str, RepoSibling]
 
 @dataclass(frozen=True)
 class HuggingFaceRepo(Source):
-    """A repo, at a branch, tag or commit (None: main), and a file of it (None: the one that is the LoRA)."""
+    """A repo, at a branch, tag or commit (None: main), and a file of it (None: the one that is the LoRA). The token is
+    one that was in the pasted address."""
 
     repo: str
     revision: str | None = None
     file: str | None = None
+    token: str | None = field(default=None, repr=False)
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        return (self.repo, self.revision, self.file, *([self.token] if self.token else []))
 
     @property
     def label(self) -> str:
@@ -60,26 +67,27 @@ class HuggingFaceRepo(Source):
         return RemoteFile(
             self.label,
             url(name),
-            settings.hf_token or get_token(),
+            self.token or settings.hf_token or get_token(),
             "HF_TOKEN",
             sha256=file.lfs.sha256 if file.lfs else None,
             size=file.size,
-            key=HuggingFaceRepo(self.repo, commit, name).key,
+            key=HuggingFaceRepo(self.repo, commit, name, self.token).key,
             config_url=url(config) if config else None,
         )
 
 
 def _model_info(source: HuggingFaceRepo, settings: Settings, timeout: float) -> ModelInfo:
     """Asked through Hugging Face's own client. Raises `LoraError`."""
-    api = HfApi(endpoint=settings.hf_endpoint, token=settings.hf_token)
+    token = source.token or settings.hf_token
+    api = HfApi(endpoint=settings.hf_endpoint, token=token)
     try:
         return api.model_info(source.repo, revision=source.revision, files_metadata=True, timeout=timeout)
     except OfflineModeIsEnabled:
         raise UnavailableError(f"{source.label}: HF_HUB_OFFLINE is set, so Hugging Face is not asked.") from None
     except HFValidationError as error:
-        raise LoraError(f"{source.label} {refusal(error, settings.hf_token)}.") from None
+        raise LoraError(f"{source.label} {refusal(error, token)}.") from None
     except HfHubHTTPError as error:
-        if why := refusal(error, settings.hf_token):
+        if why := refusal(error, token):
             raise LoraError(f"{source.label} {why}.") from None
         status = error.response.status_code
         if status == 429 or status >= 500:
@@ -99,8 +107,8 @@ def _choose_lora(source: HuggingFaceRepo, files: Files) -> str:
         raise LoraError(f"{source.label} is a whole model, not a LoRA: name the repo of a LoRA.")
     if name is not None:
         return name
-    address = f"huggingface.co/{source.repo}/" + (f"resolve/{source.revision}/" if source.revision else "")
-    hint = f"; name one, as in {address}{min(names)}" if names else ""
+    at = f"resolve/{quote(source.revision, safe='')}/" if source.revision else ""
+    hint = f"; name one, as in huggingface.co/{source.repo}/{at}{quote(min(names))}" if names else ""
     raise LoraError(f"{source.label} {_file_list(files)}{hint}.")
 
 
@@ -117,21 +125,26 @@ def _safetensors(files: Files) -> list[str]:
 
 
 def _parse(address: Address) -> HuggingFaceRepo | None:
-    """huggingface.co/<owner>/<name>, then nothing, a file, or what a browser shows: /resolve, /blob, /raw and /tree."""
+    """huggingface.co/<owner>/<name>, then nothing, a file, or what a browser shows: /resolve, /blob, /raw and /tree.
+
+    ?weight_name= names the file as diffusers' `load_lora_weights` does, with ?subfolder= and ?revision=.
+    """
     owner_and_name, rest = address.parts[:2], list(address.parts[2:])
     if len(owner_and_name) < 2 or owner_and_name[0] in NOT_OWNERS:
         return None
     if not all(re.fullmatch(r"[\w-][\w.-]*", part) for part in owner_and_name):
         return None
-    repo, revision = "/".join(owner_and_name), None
-    if not rest:
-        return HuggingFaceRepo(repo)
-    if rest[0] in ("resolve", "blob", "raw", "tree") and len(rest) > 1:
-        kind, revision, *rest = rest
-        if kind == "tree" and not rest:
-            return HuggingFaceRepo(repo, revision)
+    repo, query = "/".join(owner_and_name), address.query
+    revision, token = query.get("revision") or None, query.get("token") or None
+    if rest and rest[0] in ("resolve", "blob", "raw", "tree") and len(rest) > 1:
+        revision, rest = rest[1], rest[2:] if rest[0] == "tree" else rest[2:] or [""]
+    if query.get("weight_name"):
+        rest = [*rest, *filter(None, query.get("subfolder", "").split("/")), *query["weight_name"].split("/")]
     file = "/".join(rest)
-    return HuggingFaceRepo(repo, revision, file) if file.lower().endswith(".safetensors") else None
+    safe = not {"", ".", ".."} & {*rest} and file.isprintable() and "\\" not in file
+    if rest and not (safe and file.lower().endswith(".safetensors")):
+        return None
+    return HuggingFaceRepo(repo, revision, file or None, token)
 
 
 HUB = Hub(

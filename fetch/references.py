@@ -25,7 +25,13 @@ def parse_reference(text: str) -> Source:
 
 
 def _parse(text: str) -> Source | None:
-    if len(text) > MOST_TEXT or not text.isprintable() or re.search(r"[\s\\]", text):
+    if len(text) > MOST_TEXT or not text.isprintable():
+        return None
+    return web.parse_file_name(text) or civitai.parse_air(text) or _parse_address(text)
+
+
+def _parse_address(text: str) -> Source | None:
+    if re.search(r"[\s\\]", text):
         return None
     scheme = re.match(r"([a-z][a-z0-9+.-]*)://", text, re.IGNORECASE)
     if scheme and scheme[1].lower() not in ("http", "https"):
@@ -44,7 +50,8 @@ def _take_apart(text: str) -> Address | None:
     """None for an address that is damaged, holds a password or would climb out of a folder."""
     try:
         url = urlsplit(text)
-        valid = url.hostname and (url.port is None or url.port > 0) and "@" not in url.netloc
+        named = url.hostname and ".." not in url.hostname and not url.hostname.startswith(".")
+        valid = named and (url.port is None or url.port > 0) and "@" not in url.netloc
     except ValueError:
         return None
     parts = tuple(unquote(part) for part in url.path.split("/") if part)

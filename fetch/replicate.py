@@ -1,15 +1,19 @@
 """Replicate: a model that was trained there gives the tar of its weights, at /<owner>/<name>/_weights."""
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from urllib.parse import urlsplit
 
+from fetch.errors import NotFoundError
 from fetch.hub import Address, Hub, Source
 from fetch.network import Client
 from fetch.remote import RemoteFile, check_answer
 from fetch.web import WebFile
+from lora.errors import LoraError
 from settings import Settings
 
+PAGES = ("api", "examples", "playground", "readme", "train", "versions")  # of a model
+NOT_OWNERS = {"p": "a prediction", "collections": "a collection", "deployments": "a deployment"}
 OWNER, NAME, VERSION = r"[a-z0-9][a-z0-9_-]*", r"[a-z0-9][a-z0-9._-]*", r"[a-z0-9]{1,64}"
 
 
@@ -20,6 +24,7 @@ class ReplicateModel(Source):
     owner: str
     name: str
     version: str | None = None
+    written: str | None = field(default=None, compare=False)  # the two names, where nothing says whose they are
 
     @property
     def label(self) -> str:
@@ -47,7 +52,14 @@ class ReplicateModel(Source):
                     check_answer(response, remote)
                 return target
 
-        target = client.retrying(redirect)
+        try:
+            target = client.retrying(redirect)
+        except NotFoundError as error:
+            if not self.written:
+                raise
+            looks = "it looks like" if self.written != self.written.lower() else "if it is"
+            sentence = str(error).removesuffix(".")
+            raise NotFoundError(f"{sentence}; {looks} a Hugging Face repo: huggingface.co/{self.written}.") from None
         if target is None:
             return remote
         unsigned = urlsplit(target)._replace(query="", fragment="").geturl()
@@ -55,13 +67,21 @@ class ReplicateModel(Source):
 
 
 def parse_name(text: str) -> ReplicateModel | None:
-    """<owner>/<name>, <owner>/<name>/<version> or <owner>/<name>:<version>."""
-    match = re.fullmatch(rf"({OWNER})/({NAME})(?:[/:]({VERSION}))?/*", re.sub(r"[?#].*", "", text).lower())
-    return ReplicateModel(*match.groups()) if match and not match[2].endswith(".safetensors") else None
+    """<owner>/<name>, <owner>/<name>/<version>, <owner>/<name>/versions/<version> or <owner>/<name>:<version>."""
+    names = re.sub(r"[?#].*", "", text).rstrip("/")
+    match = re.fullmatch(rf"({OWNER})/({NAME})(?:(?:/versions/|[/:])({VERSION}))?", names.lower())
+    if not match or match[2].endswith(".safetensors") or match[3] == "versions":
+        return None
+    return ReplicateModel(match[1], match[2], match[3], written=None if match[3] else names)
 
 
 def _parse(address: Address) -> ReplicateModel | None:
-    path = "/".join(address.parts).lower()
+    """A model's page, one of the pages below it, or one version. Raises `LoraError` for what else has a page there."""
+    parts = [part.lower() for part in address.parts]
+    if len(parts) > 1 and parts[0] in NOT_OWNERS:
+        shown = "/".join(parts[:2])
+        raise LoraError(f"replicate.com/{shown} is {NOT_OWNERS[parts[0]]}, not a model: use {HUB.accepted}.")
+    path = "/".join(parts[:2] if len(parts) == 3 and parts[2] in PAGES else parts)
     match = re.fullmatch(rf"({OWNER})/({NAME})(?:(?:/versions)?/({VERSION}))?(?:/_weights)?", path)
     return ReplicateModel(*match.groups()) if match and match[3] != "versions" else None
 

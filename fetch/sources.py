@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal, TypeVar, assert_never
 
 from fetch.cache import CacheEntry, LoraCache
+from fetch.content import check_content
 from fetch.downloads import download
 from fetch.errors import UnavailableError
 from fetch.files import LARGEST_CONFIG, add_metadata, check_lora_file, extract_lora, is_tar
@@ -88,7 +89,10 @@ def _fetch(source: Source, settings: Settings, limits: FetchLimits) -> FetchedLo
     try:
         return call_on_new_thread(fetch.run, limits.total_timeout, "lora")
     except TimeLimitError:
-        raise UnavailableError(f"{source.label} did not arrive within {limits.total_timeout:g} seconds.") from None
+        late = UnavailableError(f"{source.label} did not arrive within {limits.total_timeout:g} seconds.")
+        if (known := fetch.cache.find(source.key)) is None:
+            raise late from None
+        return fetch.use_copy(known, late)
     finally:
         fetch.cancellation.cancel()
 
@@ -110,6 +114,10 @@ class _Fetch:
             lambda: _fetch(self.source, self.settings, self.limits),
         )
 
+    def use_copy(self, known: CacheEntry, error: UnavailableError) -> FetchedLora:
+        log.warning("%s The copy in the LoRA cache is used.", error)
+        return self.fetched(known, "disk")
+
     def run(self) -> FetchedLora:
         """Bring it into the cache unless it is there. Raises `LoraError` and `FetchCancelledError`."""
         source, cache = self.source, self.cache
@@ -123,8 +131,7 @@ class _Fetch:
                 except UnavailableError as error:
                     if known is None:
                         raise
-                    log.warning("%s The copy in the LoRA cache is used.", error)
-                    return self.fetched(known, "disk")
+                    return self.use_copy(known, error)
                 finally:
                     for kind in PARTS:
                         self._part(kind).unlink(missing_ok=True)
@@ -155,14 +162,14 @@ class _Fetch:
         return self.fetched(stored, "download")
 
     def _download(self, client: Client, remote: RemoteFile, known: CacheEntry | None) -> FetchedLora:
-        started, label, most_bytes = time.monotonic(), self.source.label, self.settings.lora_max_bytes
+        started, label = time.monotonic(), self.source.label
         if remote.key is None:
             remote = replace(remote, headers=_if_changed(known))
         elif same := self.cache.find(remote.key):
             self.cache.link(self.source.key, same)
             return self.fetched(same, "disk")
         log.info("%s: fetching", label)
-        downloaded = download(client, remote, self._part("download"), most_bytes)
+        downloaded = self._download_as_listed(client, remote)
         if downloaded is None:
             if known is None:
                 raise LoraError(f"{label}: the server says that the file is unchanged, but there is no copy of it yet.")
@@ -175,6 +182,20 @@ class _Fetch:
         stored = self._store(downloaded, config, remote.key)
         log.info("%s: fetched %.1f MB in %.1f s", label, stored.size / MB, time.monotonic() - started)
         return self.fetched(stored, "download")
+
+    def _download_as_listed(self, client: Client, remote: RemoteFile) -> Downloaded | None:
+        """The file whose SHA-256 the hub lists; one that has another is fetched anew once."""
+        part, most_bytes = self._part("download"), self.settings.lora_max_bytes
+        unchecked, listed = replace(remote, sha256=None), (remote.sha256 or "").lower()
+        for _ in range(2):
+            downloaded = download(client, unchecked, part, most_bytes)
+            if downloaded is None or not listed or downloaded.sha256 == listed:
+                return downloaded
+            log.warning("%s: its SHA-256 is not the one that its hub lists", remote.label)
+        raise LoraError(
+            f"{remote.label} arrived twice, and its SHA-256 is another than its hub lists: the hub's entry is wrong or "
+            f"its file was changed, so use another version or address."
+        )
 
     def _copy(self, path: Path) -> Downloaded:
         part, most_bytes = self._part("download"), self.settings.lora_max_bytes
@@ -203,6 +224,7 @@ class _Fetch:
             member = self._part("member")
             sha256, config = extract_lora(part, member, label, self.settings.lora_max_bytes, self.cancellation)
             part, downloaded = member, replace(downloaded, sha256=sha256)
+        check_content(part, label)
         check_lora_file(part, label)
         if config is not None:
             complete = self._part("with-config")

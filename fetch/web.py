@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote, urlsplit, urlunsplit
@@ -67,6 +68,35 @@ class LocalFile(Source):
 
     def resolve(self, settings: Settings, client: Client) -> Path:
         return Path(self.path)
+
+
+@dataclass(frozen=True)
+class FolderFile(Source):
+    """A file in LORA_FOLDER, where the operator keeps LoRAs that requests may name."""
+
+    name: str  # of the file, without a folder
+
+    @property
+    def label(self) -> str:
+        return self.name
+
+    immutable = False
+
+    def resolve(self, settings: Settings, client: Client) -> Path:
+        """Nothing outside the folder is opened, wherever a link leads."""
+        if settings.lora_folder is None:
+            raise LoraError(f"{self.name!r} is the name of a file, and LORA_FOLDER names no folder: use {ACCEPTED}.")
+        folder = settings.lora_folder.resolve()
+        path = (folder / self.name).resolve()
+        if path.parent != folder or not path.is_file():
+            raise LoraError(f"LORA_FOLDER has no file {self.name!r}.")
+        return path
+
+
+def parse_file_name(text: str) -> FolderFile | None:
+    """<file>.safetensors and no more."""
+    plain = re.fullmatch(r"[^/\\?#:%]+\.safetensors", text, re.IGNORECASE) and not text.startswith(".")
+    return FolderFile(text) if plain else None
 
 
 def parse_address(address: Address) -> WebFile | None:

@@ -38,7 +38,7 @@ from fetch.references import parse_reference
 from fetch.remote import RemoteFile
 from fetch.replicate import ReplicateModel
 from fetch.sources import FetchedLora, fetch_lora, fetch_weights
-from fetch.web import DataUri, WebFile
+from fetch.web import DataUri, FolderFile, WebFile
 from lora.errors import LoraError
 from settings import Settings, read_settings
 from tests.web import COMMIT, Fault, Web, lora_file, serve, tar_file, trained
@@ -118,9 +118,31 @@ def check_cache(cache: Path, secret: str = "secret") -> None:
         (f"https://huggingface.co/a/b/blob/{COMMIT}/y.safetensors", HuggingFaceRepo("a/b", COMMIT, "y.safetensors")),
         ("civitai.com/models/123", CivitaiModel(123)),
         ("https://www.civitai.com/models/123/some-name/?modelVersionId=456#top", CivitaiModel(123, 456)),
-        ("https://civitai.com/api/download/models/456?type=Model&token=s3", CivitaiModel(None, 456, "s3")),
+        (
+            "https://civitai.com/api/download/models/456?type=Model&token=s3",
+            CivitaiModel(None, 456, "s3", (("type", "model"),)),
+        ),
+        (
+            "civitai.com/api/download/models/456?size=pruned&fp=fp16",
+            CivitaiModel(None, 456, None, (("size", "pruned"), ("fp", "fp16"))),
+        ),
+        ("urn:air:flux1:lora:civitai:709988@1601041", CivitaiModel(709988, 1601041)),
+        ("air:flux1:lora:civitai:709988", CivitaiModel(709988)),
+        ("civitai.red/models/5", CivitaiModel(5)),
+        (f"fofr/x/versions/{VERSION}", ReplicateModel("fofr", "x", VERSION)),
+        ("https://replicate.com/fofr/x/api", ReplicateModel("fofr", "x")),
+        ("replicate.com/fofr/x/train", ReplicateModel("fofr", "x")),
+        (
+            "huggingface.co/a/b?weight_name=c%20d.safetensors&token=hf_s",
+            HuggingFaceRepo("a/b", None, "c d.safetensors", "hf_s"),
+        ),
+        (
+            "huggingface.co/a/b/tree/v2?weight_name=x.safetensors&subfolder=y",
+            HuggingFaceRepo("a/b", "v2", "y/x.safetensors"),
+        ),
         ("https://replicate.delivery/xezq/abc/trained_model.tar", WebFile("https://replicate.delivery/xezq/abc/trained_model.tar")),
         ("HTTP://Example.com/A.safetensors?sig=1#x", WebFile("http://example.com/A.safetensors?sig=1")),
+        ("my lora.safetensors", FolderFile("my lora.safetensors")),
         ("example.com/a.safetensors", WebFile("https://example.com/a.safetensors")),
         ("data:application/octet-stream;base64,AAAA", DataUri("AAAA")),
     ],
@@ -139,6 +161,13 @@ def test_every_form_has_its_source(text: str, source: Source | None) -> None:
         "",
         "flux",
         "a/b/c/d",
+        "./x.safetensors",
+        "weights/x.safetensors",
+        "../x.safetensors",
+        "huggingface.co/a/b?weight_name=../x.safetensors",
+        "huggingface.co/a/b?weight_name=x.bin",
+        "urn:air:flux1:lora:civitai:x",
+        "replicate.com/a/b/c/d",
         "../../etc/passwd",
         "/etc/passwd",
         "file:///etc/x.safetensors",
@@ -387,6 +416,111 @@ def test_civitai_says_why(web: Web, fetch: Callable[..., FetchedLora]) -> None:
         assert str(caught.value) == sentence
     with pytest.raises(LoraError, match=r"civitai.com/models/5 does not exist .* set CIVITAI_API_TOKEN"):
         fetch("civitai.com/models/5")
+
+
+def test_civitai_versions_that_cannot_be_had_are_named(web: Web, fetch: Callable[..., FetchedLora]) -> None:
+    web.civitai(7, {70: ("Flux.1 D", LORA), 71: ("Flux.1 D", lora_file(1)), 72: ("Other", lora_file(2))})
+    page = web.pages["/api/v1/models/7"]["modelVersions"][1]
+    page |= {"availability": "EarlyAccess", "earlyAccessEndsAt": "2999-01-02T00:00:00.000Z"}
+    free = ": the newest version that is free is civitai.com/models/7?modelVersionId=70."
+    early = f"civitai.green/models/7 version 71 is in early access, for those who bought it, until 2999-01-02{free}"
+    for reference in ("civitai.green/models/7", "civitai.green/models/7?modelVersionId=71"):
+        with pytest.raises(LoraError) as caught:
+            fetch(reference)
+        assert str(caught.value) == early
+    assert fetch(early.rstrip(".").rpartition(" ")[2]).read(content) == LORA
+    assert fetch("civitai.com/models/7", CIVITAI_API_TOKEN="bought").read(content) == lora_file(1)
+    page["earlyAccessEndsAt"] = "2020-01-02T00:00:00.000Z"
+    page["usageControl"] = "InternalGeneration"
+    with pytest.raises(LoraError, match=r"version 71 cannot be downloaded: its author allows it for .* generator only"):
+        fetch("civitai.com/models/7")
+    assert fetch("civitai.com/models/7?modelVersionId=72").read(content) == lora_file(2)  # whatever its label
+    web.pages["/api/v1/models/8"] = {"id": 8, "type": "LORA", "modelVersions": []}
+    with pytest.raises(LoraError, match=r"civitai\.com/models/8 has no version that is published"):
+        fetch("civitai.com/models/8")
+
+
+def test_an_address_chooses_among_the_files_of_a_version(web: Web, fetch: Callable[..., FetchedLora]) -> None:
+    web.civitai(7, {70: ("Flux.1 D", LORA)})
+    files, second = web.pages["/api/v1/model-versions/70"]["files"], lora_file(1)
+    files[1] |= {"id": 5, "metadata": {"format": "SafeTensor", "size": "full", "fp": "fp32"}}
+    files.append(
+        {
+            **files[1], "id": 6, "primary": False, "name": "small.safetensors",
+            "metadata": {"format": "SafeTensor", "size": "pruned", "fp": "fp16"},
+            "hashes": {"SHA256": hashlib.sha256(second).hexdigest()},
+        }
+    )  # fmt: skip
+    address = "https://civitai.com/api/download/models/70?type=Model&format=SafeTensor"
+    assert fetch(f"{address}&size=full&fp=fp32").read(content) == LORA
+    web.files["/api/download/models/70"] = second
+    for query in ("&size=pruned&fp=fp16", "&fileId=6"):
+        assert fetch(address + query).read(content) == second
+    with pytest.raises(LoraError, match=r"no \.safetensors file with .*fp=bf16; there are lora.safetensors \(format="):
+        fetch(f"{address}&fp=bf16")
+
+
+def test_a_suggested_address_works(web: Web, fetch: Callable[..., FetchedLora]) -> None:
+    web.hugging_face("acme/lora", {"my 1st #lora 100%.safetensors": LORA, "other.safetensors": LORA})
+    for reference in ("huggingface.co/acme/lora", f"huggingface.co/acme/lora/tree/{COMMIT}"):
+        with pytest.raises(LoraError) as caught:
+            fetch(reference)
+        assert fetch(str(caught.value).rpartition(" ")[2].rstrip(".")).read(content) == LORA
+    assert fetch("huggingface.co/acme/lora?weight_name=other.safetensors").read(content) == LORA
+    with pytest.raises(LoraError, match=r"it looks like a Hugging Face repo: huggingface\.co/Acme/Lora"):
+        fetch("Acme/Lora")
+    with pytest.raises(LoraError, match=r"if it is a Hugging Face repo: huggingface\.co/acme/lora"):
+        fetch("acme/lora")
+    with pytest.raises(LoraError, match=r"replicate\.com/p/abc is a prediction, not a model"):
+        fetch("https://replicate.com/p/abc")
+
+
+def test_a_token_in_a_hugging_face_address_counts(web: Web, fetch: Callable[..., FetchedLora]) -> None:
+    web.hugging_face("acme/lora", {"x.safetensors": LORA})
+    web.tokens = {"/acme/": "my-secret", "/api/": "my-secret"}
+    assert fetch("huggingface.co/acme/lora?token=my-secret").read(content) == LORA
+    with pytest.raises(LoraError, match="HF_TOKEN is needed"):
+        fetch("huggingface.co/acme/lora")
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        (b"PK\x03\x04" + bytes(100), "a zip archive"),
+        (b"\x1f\x8b\x08" + bytes(100), "a gzip archive"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "a Git LFS pointer"),
+        (b"\n<!DOCTYPE html><title>Sign in</title>", "a web page"),
+        (b'{"error": "not found"}', "JSON"),
+    ],
+)
+def test_what_is_no_safetensors_file_is_named(
+    web: Web, fetch: Callable[..., FetchedLora], body: bytes, kind: str
+) -> None:
+    web.files["/x.safetensors"] = body
+    with pytest.raises(LoraError, match=f"/x.safetensors is not a whole safetensors file: it is {kind}.*; .+"):
+        fetch(f"{web.url}/x.safetensors")
+
+
+@pytest.mark.parametrize("how", ["stalls", "breaks", "drips", "breaks its chunks"])
+def test_a_hub_that_does_not_finish_its_answer_leads_to_the_cached_copy(
+    web: Web, fetch: Callable[..., FetchedLora], how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    reference = hubs(web)["civitai"]
+    limits = replace(FAST, read_timeout=0.2) if how == "stalls" else FAST
+    if how == "drips":
+        limits = replace(FAST, total_timeout=1.0)
+    fetch(reference)
+    web.broken_pages = how
+    with caplog.at_level(logging.WARNING, "flux-lora"):
+        assert fetch(reference, limits).origin == "disk"
+    assert "The copy in the LoRA cache is used." in caplog.text
+    with pytest.raises(LoraError, match=r"^civitai.com/models/8[^\n]*\.$"):
+        fetch("civitai.com/models/8", limits)
+    web.broken_pages = None
+    web.civitai(8, {80: ("Flux.1 D", lora_file(3))})
+    web.broken_pages, web.broken_times = how, 1
+    if how != "drips":
+        assert fetch("civitai.com/models/8", limits).origin == "download"  # the second try
 
 
 def test_a_hash_that_differs_is_refused(web: Web, fetch: Callable[..., FetchedLora]) -> None:
@@ -848,6 +982,37 @@ def test_an_operators_weights_may_be_here_or_at_any_address(web: Web, tmp_path: 
         with pytest.raises(LoraError, match=re.escape(sentence)) as caught:
             fetch_weights(weights, public_only, FAST)
         assert str(caught.value).endswith(".")
+
+
+def test_a_file_in_the_operators_folder_is_named_by_its_name_alone(
+    web: Web, fetch: Callable[..., FetchedLora], tmp_path: Path
+) -> None:
+    folder, outside = tmp_path / "loras", tmp_path / "outside.safetensors"
+    (folder / "inner").mkdir(parents=True)
+    for file in (folder / "my own.safetensors", folder / "inner" / "x.safetensors", outside):
+        file.write_bytes(LORA)
+    (folder / "link.safetensors").symlink_to(outside)
+    (folder / "other.txt").write_bytes(LORA)
+    allowed = {"LORA_FOLDER": str(folder)}
+    fetched = fetch(" my own.safetensors ", **allowed)
+    assert (fetched.read(content), fetched.name) == (LORA, "my own.safetensors")
+    (folder / "my own.safetensors").write_bytes(lora_file(1))
+    assert fetch("my own.safetensors", **allowed).read(content) == lora_file(1)
+    with pytest.raises(LoraError, match="is the name of a file, and LORA_FOLDER names no folder"):
+        fetch("my own.safetensors")
+    for name in ("link.safetensors", "nothing.safetensors"):
+        with pytest.raises(LoraError, match=f"LORA_FOLDER has no file '{name}'"):
+            fetch(name, **allowed)
+    for name in (
+        "../outside.safetensors",
+        str(outside),
+        "inner/x.safetensors",
+        "other.txt",
+        "..%2Foutside.safetensors",
+    ):
+        with pytest.raises(LoraError, match="does not name a LoRA"):
+            fetch(name, **allowed)
+    assert not web.asked
 
 
 # The command

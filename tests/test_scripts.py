@@ -65,20 +65,41 @@ def test_predict_takes_and_gives_json(environment: dict[str, str], tmp_path: Pat
         (["-i", "prompt"], "usage error: 'prompt' is not of the form name=value.\n"),
         (["-i", "promt=x"], "usage error: there is no input promt; there are prompt, image, mask,"),
         (["-i", "image=@nowhere.png"], "usage error: nowhere.png cannot be read: No such file or directory.\n"),
+        (["-i", "prompt=x", "-i", "image=here.png"], "put @ before its name to send it, -i image=@here.png.\n"),
+        (["--json", '{"extra_lora": "here.png"}'], "usage error: here.png is a file on this machine: put @ before"),
+        (["-i", "image=@large.png"], "usage error: the request has 107 MiB and the server takes 100: send smaller"),
         (["--json", "[1]"], "usage error: --json needs one JSON object with the inputs.\n"),
         (["-i", "prompt=x", "-i", "seed=x"], 'seed: "x" is not of type "integer"\n'),
-        (["-i", "prompt=x", "-i", "image=/etc/passwd"], "image must be an http(s) address or a data: URI;"),
+        (["-i", "prompt=x", "-i", "image=/nowhere/x.png"], "image must be an http(s) address or a data: URI;"),
         (["-i", "prompt=x", "-e", "FLUX_DEVICE=tpu"], "server error: SettingsError: The environment variable FLUX_DEV"),
     ],
 )
 def test_predict_fails_with_one_sentence(
     environment: dict[str, str], tmp_path: Path, arguments: list[str], sentence: str
 ) -> None:
+    (tmp_path / "here.png").touch()
+    with (tmp_path / "large.png").open("wb") as large:
+        large.truncate(80 << 20)
     done = script("predict", *arguments, environment=environment, folder=tmp_path)
     assert done.returncode == 1
     assert sentence in done.stderr
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
+
+
+def test_predict_takes_a_lora_that_is_too_large_to_be_sent(environment: dict[str, str], tmp_path: Path) -> None:
+    """By its name, from a folder that the server may read; two of them come from two folders."""
+    names = ("replicate_weights=@a/big.safetensors", "extra_lora=@b/big.safetensors")
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        with (tmp_path / folder / "big.safetensors").open("wb") as big:
+            big.truncate(120 << 20)
+    request = ["-i", "prompt=x", "-i", "num_inference_steps=1", *[part for name in names for part in ("-i", name)]]
+    done = script(
+        "predict", *request, environment={**environment, "LORA_CACHE_DIR": str(tmp_path / "c")}, folder=tmp_path
+    )
+    assert done.returncode == 1
+    assert "\nreplicate_weights-big.safetensors is not a whole safetensors file (" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,8 @@ class Web:
     gated: set[str] = field(default_factory=set)  # those first parts whose licence has to be accepted
     validators: bool = True  # ETag and Last-Modified
     fault: Fault | None = None
+    broken_pages: str | None = None  # how the answers in JSON end before their end
+    broken_times: int = 99
     failing: int | None = None  # answer everything with this status
     asked: list[Request] = field(default_factory=list)
     url: str = ""
@@ -162,6 +164,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(401, b'{"error":"Unauthorized"}', gated)
         elif path in web.redirects:
             self._answer(302, b"", {"Location": web.redirects[path]})
+        elif path.startswith("/api/v1/") and web.broken_pages and web.broken_times:
+            web.broken_times -= 1
+            self._broken_page(web.broken_pages)
         elif path in web.pages:
             self._answer(200, json.dumps(web.pages[path]).encode(), {"Content-Type": "application/json"})
         elif path in web.files:
@@ -169,6 +174,19 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             repo = {"X-Error-Code": "RepoNotFound"} if path.startswith("/api/models/") else {}
             self._answer(404, b'{"error":"not found"}', repo)
+
+    def _broken_page(self, how: str) -> None:
+        self.send_response(200)
+        chunked = how == "breaks its chunks"
+        self.send_header(*(("Transfer-Encoding", "chunked") if chunked else ("Content-Length", "1000")))
+        self.end_headers()
+        self.wfile.write(b'5\r\n{"id"\r\nzz\r\n' if chunked else b'{"id"')
+        self.close_connection = True
+        deadline = time.monotonic() + {"stalls": 1.0, "drips": 3.0}.get(how, 0)
+        while time.monotonic() < deadline:
+            time.sleep(0.05)
+            if how == "drips":
+                self.wfile.write(b" ")
 
     def _fault(self, path: str) -> Fault:
         fault = self.state.fault

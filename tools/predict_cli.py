@@ -4,16 +4,25 @@ import argparse
 import base64
 import json
 import mimetypes
+import os
 import re
 import shutil
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from tools.cog_schema import PREDICTOR, openapi_document
 from tools.server import ServerError, cog_server
 
 PROGRESS_BAR = re.compile(r"\d+%\|")
+MIB = 1 << 20
+MOST_BODY = 100 * MIB  # bytes of a request that coglet takes
+LARGEST_SENT = 32 * MIB  # bytes of a LoRA that is sent with the request, so that two and two pictures fit into it
+LONGEST_NAME = 1000  # characters of what may be a file's name
+FOLDER_VARIABLE = "LORA_FOLDER"
+LORA_INPUTS = ("replicate_weights", "extra_lora")
+FILE_INPUTS = ("image", "mask", *LORA_INPUTS)
 Json = dict[str, Any]
 
 
@@ -26,12 +35,17 @@ def main() -> int:
     arguments = _parse_arguments()
     schema = openapi_document(PREDICTOR.read_text())["components"]["schemas"]
     try:
-        inputs = _json_inputs(arguments.json) if arguments.json else _flag_inputs(arguments.input, schema)
-        _check_names(inputs, schema)
+        texts = _json_inputs(arguments.json) if arguments.json else _flag_inputs(arguments.input)
+        _check_names(texts, schema)
         environment = dict(_name_and_value(pair) for pair in arguments.env)
         console = Console()
-        with cog_server(environment, on_log=console.show) as server:
-            prediction = server.predict(inputs)
+        with TemporaryDirectory(prefix="flux-lora-") as folder:
+            inputs = _with_files(texts, Path(folder), environment)
+            if not arguments.json:
+                inputs = {name: _typed(name, value, schema) for name, value in inputs.items()}
+            _check_size(inputs)
+            with cog_server(environment, on_log=console.show) as server:
+                prediction = server.predict(inputs)
         console.end_bar()
         return _finish(prediction, arguments)
     except (UsageError, ServerError) as error:
@@ -107,14 +121,72 @@ def _name_and_value(pair: str) -> tuple[str, str]:
     return name, value
 
 
-def _flag_inputs(pairs: list[str], schema: Json) -> Json:
-    return {name: _typed(name, value, schema) for name, value in map(_name_and_value, pairs)}
+def _flag_inputs(pairs: list[str]) -> Json:
+    return dict(map(_name_and_value, pairs))
+
+
+def _with_files(inputs: Json, folder: Path, environment: dict[str, str]) -> Json:
+    """The inputs with the files that "@" names: as data: URIs, or a LoRA by its name where it is in a folder from which
+    the server may read it. For a LoRA that may be too large to be sent `folder` becomes that one, in `environment`.
+
+    Raises `UsageError`.
+    """
+    found: Json = {}
+    allowed = environment.get(FOLDER_VARIABLE) or os.environ.get(FOLDER_VARIABLE)
+    for name, value in inputs.items():
+        found[name] = value
+        if name in FILE_INPUTS and isinstance(value, str):
+            _check_at(name, value, allowed)
+        if isinstance(value, str) and value.startswith("@"):
+            file = Path(value[1:]).expanduser()
+            if name in LORA_INPUTS and file.suffix == ".safetensors" and _size(file) > LARGEST_SENT and not allowed:
+                found[name] = _offer(file, folder / f"{name}-{file.name}")
+                environment[FOLDER_VARIABLE] = str(folder)
+            else:
+                found[name] = data_url(file)
+    return found
+
+
+def _check_at(name: str, value: str, allowed: str | None) -> None:
+    """Refuse a file's name that was meant to be sent, but for one that the server has in its folder."""
+    if value.startswith("@") or not value or (allowed and (Path(allowed) / value).is_file()):
+        return
+    try:
+        is_file = len(value) < LONGEST_NAME and Path(value).expanduser().is_file()
+    except OSError:
+        return
+    if is_file:
+        raise UsageError(f"{value} is a file on this machine: put @ before its name to send it, -i {name}=@{value}.")
+
+
+def _offer(file: Path, link: Path) -> str:
+    """The file under another name, without a copy where the disk can do that."""
+    try:
+        link.hardlink_to(file.resolve())
+    except OSError:
+        shutil.copyfile(file, link)
+    return link.name
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError as error:
+        raise UsageError(f"{file} cannot be read: {error.strerror}.") from None
+
+
+def _check_size(inputs: Json) -> None:
+    """What coglet refuses is not sent. Raises `UsageError`."""
+    size = len(json.dumps({"input": inputs}))
+    if size > MOST_BODY:
+        raise UsageError(
+            f"the request has {size / MIB:.0f} MiB and the server takes {MOST_BODY // MIB}: send smaller files, or "
+            f"their addresses; a LoRA may also be in a folder that {FOLDER_VARIABLE} names."
+        )
 
 
 def _typed(name: str, value: str, schema: Json) -> Any:
     """The text as the type that the schema asks for, or as it is where it does not fit: the server refuses it then."""
-    if value.startswith("@"):
-        return data_url(Path(value[1:]).expanduser())
     kind = schema["Input"]["properties"].get(name, {}).get("type")
     if kind not in ("integer", "number", "boolean"):
         return value
@@ -147,10 +219,7 @@ def _json_inputs(text: str) -> Json:
         inputs = None
     if not isinstance(inputs, dict):
         raise UsageError("--json needs one JSON object with the inputs.")
-    return {
-        name: data_url(Path(value[1:]).expanduser()) if isinstance(value, str) and value.startswith("@") else value
-        for name, value in inputs.items()
-    }
+    return inputs
 
 
 def _check_names(inputs: Json, schema: Json) -> None:

@@ -19,10 +19,11 @@ from tools import ROOT
 from tools.cog_schema import write_schema
 
 POLL_SECONDS = 0.05
+CONFLICT = 409  # while another prediction runs
 
 
 class ServerError(RuntimeError):
-    """The server did not start; the message says why, and is the predictor's own where there is one."""
+    """The server did not start or gave no answer; the message says why, the predictor's own where there is one."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,18 @@ class CogServer:
     process: "subprocess.Popen[str]"
 
     def predict(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Make a prediction, however long it takes. Returns coglet's whole answer."""
-        wait_until_idle(self.url)
-        answer: dict[str, Any] = requests.post(f"{self.url}/predictions", json={"input": inputs}, timeout=None).json()
+        """Make a prediction, however long it takes. Returns coglet's whole answer. Raises `ServerError` when that is
+        no JSON."""
+        while True:
+            wait_until_idle(self.url)
+            response = requests.post(f"{self.url}/predictions", json={"input": inputs}, timeout=None)
+            if response.status_code != CONFLICT:  # coglet is busy until a few milliseconds after an answer
+                break
+            time.sleep(POLL_SECONDS)
+        try:
+            answer: dict[str, Any] = response.json()
+        except ValueError:
+            raise ServerError(f"Cog's server answers {response.status_code}: {response.text[:200]}") from None
         return answer
 
 
