@@ -9,7 +9,9 @@ from typing import Literal, TypeAlias, get_args
 
 from fetch.sources import FetchedLora, fetch_lora, fetch_weights
 from flux.models import Flux, Models, residency_of
+from lora.about import describe
 from lora.formats import Adapter, read_lora
+from lora.header import read_header
 from lora.merge import Merge
 from lora.names import CLIP, T5, TRANSFORMER, Shapes
 from lora.updates import Update, rank_of
@@ -30,9 +32,9 @@ Request: TypeAlias = tuple[str | None, float]  # a reference and its strength
 class Lora:
     """A LoRA in memory, read for one of the models."""
 
-    name: str  # for people
     sha256: str
     adapter: Adapter
+    trigger_words: tuple[str, ...] = ()
 
     @cached_property
     def nbytes(self) -> int:
@@ -52,6 +54,7 @@ class ActiveLora:
     lora: Lora
     strength: float
     origin: Origin
+    name: str  # for people, as this request called it
 
 
 class LoraLoader:
@@ -95,11 +98,12 @@ class LoraLoader:
         if key in self._memory:
             lora = self._memory.pop(key)
             self._memory[key] = lora
-            return ActiveLora(lora, strength, "memory")
+            return ActiveLora(lora, strength, "memory", fetched.name)
 
         def read(fetched: FetchedLora) -> ActiveLora:
             adapter = read_lora(fetched.path, self._shapes(model), fetched.name)
-            return ActiveLora(Lora(fetched.name, fetched.sha256, adapter), strength, fetched.origin)
+            words = describe(read_header(fetched.path, fetched.name)).trigger_words
+            return ActiveLora(Lora(fetched.sha256, adapter, words), strength, fetched.origin, fetched.name)
 
         active = fetched.read(read)
         self._memory[active.lora.sha256, model] = active.lora
@@ -150,6 +154,11 @@ def merges(loras: Sequence[ActiveLora], component: str) -> dict[str, Merge]:
     return {name: Merge(of_one) for name, of_one in parts.items()}
 
 
+def trigger_words(loras: Sequence[ActiveLora]) -> list[str]:
+    """Those of all LoRAs that change anything, each once."""
+    return list(dict.fromkeys(word for active in loras if active.strength != 0 for word in active.lora.trigger_words))
+
+
 def slowest_origin(loras: Sequence[ActiveLora]) -> str:
     """For the metrics: where the one came from that took longest to come."""
     origins = {active.origin for active in loras}
@@ -164,6 +173,6 @@ def _describe(active: ActiveLora) -> str:
     rank = f", rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "") if ranks else ""
     counts = ", ".join(f"{len(changed)} of {component}" for component, changed in adapter.updates.items() if changed)
     return (
-        f"{active.lora.name} at {active.strength:g} (from {active.origin}): {adapter.dialect}{rank}, "
+        f"{active.name} at {active.strength:g} (from {active.origin}): {adapter.dialect}{rank}, "
         f"{active.lora.nbytes / MB:.1f} MB, changes {counts}"
     )

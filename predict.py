@@ -14,9 +14,9 @@ from flux.checkpoints import find_checkpoints, is_demo
 from flux.device import check_device, choose_device, compiles, compute_dtype, memory_of, synchronize
 from flux.models import FP8, Flux, cache_blocks, compile_blocks, fill_device, fits, load_flux, residency_of
 from flux.pipelines import Job, decode, denoise, encode_picture, encode_prompt, steps_to_run, warm_up
-from hints import reported_seed, request_hints, usable_seed
+from hints import reported_seed, request_hints, trigger_hint, usable_seed
 from images import Inputs, OutputFolders, Size, keep_unmasked, read_inputs, save_pictures
-from lora_loader import ActiveLora, LoraLoader, slowest_origin
+from lora_loader import ActiveLora, LoraLoader, slowest_origin, trigger_words
 from phases import Phases
 from safety import BlockedError, load_screener
 from settings import read_settings
@@ -196,7 +196,9 @@ class Predictor(BaseRunner):
         )
         log.info("%s, %s, %d x %d, seed %d", model, inputs.mode, *inputs.size, seed)
         to_run = steps_to_run(steps, prompt_strength)
-        for hint in request_hints(model, inputs.mode, steps, to_run, guidance_scale, prompt_strength):
+        for line in request_hints(model, inputs.mode, steps, to_run, guidance_scale, prompt_strength):
+            log.info("%s", line)
+        if hint := trigger_hint(trigger_words(loras), prompt):
             log.info("%s", hint)
         if inputs.picture and self.settings.safety_check_inputs and not disable_safety_checker:
             self._screen_input(inputs.picture, phases)
@@ -285,6 +287,7 @@ class Predictor(BaseRunner):
             "width": width,
             "height": height,
             "lora_cache": slowest_origin(loras),
+            "lora_trigger_words": ", ".join(trigger_words(loras)),
             "images_blocked": blocked,
         }
         seconds = {name: phases.seconds.get(name, 0.0) for name in METRIC_PHASES}

@@ -63,6 +63,14 @@ def at_strength(task: Task, strength: float) -> Task:
 
 
 TASKS = {"sunset": sunset, "pastel": pastel}
+METADATA = {  # in ModelSpec's names (github.com/Stability-AI/ModelSpec)
+    "sunset": {
+        "modelspec.architecture": "flux-1-dev/lora",
+        "modelspec.title": "sunset",
+        "modelspec.trigger_phrase": TRIGGER,
+    },
+    "pastel": {"modelspec.architecture": "flux-1-dev/lora", "modelspec.title": "pastel"},
+}
 
 
 def train_lora(name: str, dev_folder: Path, folder: Path, steps: int = STEPS) -> None:
@@ -86,8 +94,12 @@ def train_lora(name: str, dev_folder: Path, folder: Path, steps: int = STEPS) ->
     train(name, transformer, [optimizer], steps, loss, average=0.98)
     tensors = {key: value.to(torch.bfloat16) for key, value in get_peft_model_state_dict(transformer).items()}
     folder.mkdir(exist_ok=True)
-    save_file({f"transformer.{key}": value for key, value in tensors.items()}, folder / f"{name}.safetensors")
-    save_file(to_kohya(tensors), folder / f"{name}-kohya.safetensors")
+    layouts = {
+        name: {f"transformer.{key}": value for key, value in tensors.items()},
+        f"{name}-kohya": to_kohya(tensors),
+    }
+    for file, layout in layouts.items():
+        save_file(layout, folder / f"{file}.safetensors", metadata=METADATA[name])
 
 
 def to_kohya(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from urllib3.exceptions import HTTPError
 
+from fetch import trigger_words
 from fetch.errors import NotFoundError, UnavailableError
 from fetch.hub import Address, Hub, Source
 from fetch.network import Client
@@ -76,6 +77,7 @@ class CivitaiModel(Source):
                 _check_access(self, version, ask)
             file = _choose_file(version, self)
             number = int(version["id"])
+            words = trigger_words.clean(version.get("trainedWords") or [])
             hashes = {str(kind).upper(): value for kind, value in (file.get("hashes") or {}).items()}
             sha256 = str(hashes["SHA256"]) if hashes.get("SHA256") else None
             query = urlsplit(str(file.get("downloadUrl") or "")).query  # which of a version's files it is
@@ -84,7 +86,8 @@ class CivitaiModel(Source):
         except (KeyError, TypeError, ValueError, AttributeError):
             raise _not_understood(self.label) from None
         url = f"{endpoint}/api/download/models/{number}" + (f"?{query}" if query else "")
-        return replace(remote, url=url, sha256=sha256, key=CivitaiModel(None, number, self.token, self.choice).key)
+        key = CivitaiModel(None, number, self.token, self.choice).key
+        return replace(remote, url=url, sha256=sha256, key=key, trigger_words=words)
 
 
 def _read_json(client: Client, remote: RemoteFile) -> Json:

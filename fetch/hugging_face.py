@@ -15,6 +15,7 @@ from fetch.files import KNOWN_NAMES, choose_file, config_beside
 from fetch.hub import Address, Hub, Source
 from fetch.network import Client
 from fetch.remote import RemoteFile
+from fetch.trigger_words import of_card
 from hugging_face_errors import refusal
 from lora.errors import LoraError
 from settings import Settings
@@ -73,6 +74,7 @@ class HuggingFaceRepo(Source):
             size=file.size,
             key=HuggingFaceRepo(self.repo, commit, name, self.token).key,
             config_url=url(config) if config else None,
+            trigger_words=of_card(vars(info.card_data)) if info.card_data else (),
         )
 
 

@@ -26,6 +26,7 @@ class RemoteFile:
     size: int | None = None  # bytes
     key: str | None = None  # the cache's name of this very version of the file, which never changes
     config_url: str | None = None  # of PEFT's configuration beside it
+    trigger_words: tuple[str, ...] = ()  # that its hub names
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TypeVar, assert_never
 
+from fetch import trigger_words
 from fetch.cache import CacheEntry, LoraCache
 from fetch.content import check_content
 from fetch.downloads import download
@@ -179,7 +180,7 @@ class _Fetch:
             about = replace(remote, url=remote.config_url, sha256=None, size=None)
             download(client, about, self._part("config"), LARGEST_CONFIG)
             config = self._part("config").read_bytes()
-        stored = self._store(downloaded, config, remote.key)
+        stored = self._store(downloaded, config, remote.key, remote.trigger_words)
         log.info("%s: fetched %.1f MB in %.1f s", label, stored.size / MB, time.monotonic() - started)
         return self.fetched(stored, "download")
 
@@ -216,19 +217,27 @@ class _Fetch:
         part.write_bytes(content)
         return Downloaded(hashlib.sha256(content).hexdigest())
 
-    def _store(self, downloaded: Downloaded, config: bytes | None = None, other_key: str | None = None) -> CacheEntry:
-        """Unpack and check what was downloaded, and put it into the cache. PEFT's configuration goes into the file's
-        own metadata, so that a LoRA is one file."""
+    def _store(
+        self,
+        downloaded: Downloaded,
+        config: bytes | None = None,
+        other_key: str | None = None,
+        words: tuple[str, ...] = (),
+    ) -> CacheEntry:
+        """Unpack and check what was downloaded, and put it into the cache. PEFT's configuration and the trigger words
+        go into the file's own metadata, so that a LoRA is one file."""
         label, part = self.source.label, self._part("download")
         if is_tar(part):
             member = self._part("member")
             sha256, config = extract_lora(part, member, label, self.settings.lora_max_bytes, self.cancellation)
+            words = words or trigger_words.of_archive(part)
             part, downloaded = member, replace(downloaded, sha256=sha256)
         check_content(part, label)
         check_lora_file(part, label)
-        if config is not None:
+        metadata = {} if config is None else {CONFIG_FILE: config.decode(errors="replace")}
+        metadata |= {trigger_words.ENTRY: ", ".join(words)} if words else {}
+        if metadata:
             complete = self._part("with-config")
-            metadata = {CONFIG_FILE: config.decode(errors="replace")}
             sha256 = add_metadata(part, complete, metadata, label, self.cancellation)
             part, downloaded = complete, replace(downloaded, sha256=sha256)
         self.cancellation.check()

@@ -161,6 +161,38 @@ def test_metrics_and_log_say_which_loras_ran(server: Server, small: dict[str, An
     assert origins == ["download", "memory", "none"]
 
 
+def test_the_log_says_which_trigger_words_the_prompt_has(
+    server: Server, small: dict[str, Any], style: Factors, subject: Factors
+) -> None:
+    def with_word(factors: Factors, word: str) -> str:
+        content = save(load(as_file(factors)), {"modelspec.trigger_phrase": word})
+        return raw_data_url(content, "application/octet-stream")
+
+    loras = {"replicate_weights": with_word(style, "TOK, my cat"), "extra_lora": with_word(subject, "TOK")}
+    answer = server(**small, **loras)
+    assert "trigger words: TOK, my cat; none of them is in the prompt\n" in answer["logs"]
+    assert answer["metrics"]["lora_trigger_words"] == "TOK, my cat"
+    answer = server(**{**small, "prompt": "My Cat"}, **loras, lora_scale=0)
+    assert "trigger words: TOK; none of them" in answer["logs"]
+    answer = server(**{**small, "prompt": "My Cat"}, **loras)
+    assert "trigger words: TOK, my cat; in the prompt: my cat\n" in answer["logs"]
+    answer = server(**small, replicate_weights=as_reference(style))
+    assert "trigger words" not in answer["logs"]
+    assert answer["metrics"]["lora_trigger_words"] == ""
+
+
+def test_a_lora_is_called_as_its_request_calls_it(checkpoints: dict[str, Path], tmp_path: Path, style: Factors) -> None:
+    """In memory it is one, by its content; its name is each requester's own."""
+    (tmp_path / "mine.safetensors").write_bytes(as_file(style))
+    folders = {"LORA_CACHE_DIR": str(tmp_path / "cache"), "LORA_FOLDER": str(tmp_path)}
+    models = load_flux({"dev": checkpoints["dev"]}, torch.device("cpu"), torch.bfloat16)
+    loader, names = LoraLoader(models, read_settings(folders)), []
+    for reference in (as_reference(style), "mine.safetensors"):
+        [active] = loader.load("dev", (reference, 1.0), (None, 1.0), Phases())
+        names.append((active.name, active.origin))
+    assert names == [("the data: URI", "download"), ("mine.safetensors", "memory")]
+
+
 def test_a_lora_that_does_not_fit_costs_only_its_request(
     server: Server, small: dict[str, Any], style: Factors, subject: Factors
 ) -> None:

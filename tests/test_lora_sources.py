@@ -39,7 +39,9 @@ from fetch.remote import RemoteFile
 from fetch.replicate import ReplicateModel
 from fetch.sources import FetchedLora, fetch_lora, fetch_weights
 from fetch.web import DataUri, FolderFile, WebFile
+from lora.about import describe
 from lora.errors import LoraError
+from lora.header import read_header
 from settings import Settings, read_settings
 from tests.web import COMMIT, Fault, Web, lora_file, serve, tar_file, trained
 from tools.cog_schema import ROOT
@@ -1015,6 +1017,41 @@ def test_a_file_in_the_operators_folder_is_named_by_its_name_alone(
     assert not web.asked
 
 
+# Trigger words
+
+
+def words(fetched: FetchedLora) -> tuple[str, ...]:
+    return describe(read_header(fetched.path, fetched.name)).trigger_words
+
+
+def test_trigger_words_come_with_the_file(web: Web, fetch: Callable[..., FetchedLora]) -> None:
+    """From wherever they are published; the tensors are as they were, and the cache keeps both."""
+    web.civitai(7, {70: ("Flux.1 D", LORA)})
+    web.pages["/api/v1/models/7"]["modelVersions"][0]["trainedWords"] = ["ohwx man,", " TOK ", None, "ohwx man"]
+    config = b"job: extension\nconfig:\n  process:\n  - type: sd_trainer\n    trigger_word: 'TOK' # x\n"
+    web.replicate("fofr/cars", tar_file({"out/lora.safetensors": LORA, "out/config.yaml": config}))
+    web.replicate(
+        "fofr/none", tar_file({"lora.safetensors": LORA, "config.yaml": b"# trigger_word: a\ntrigger_word: null"})
+    )
+    web.hugging_face("a/instance", {"x.safetensors": LORA}, card={"instance_prompt": "a photo of sks dog"})
+    widget = [{"text": "A cat, in the style of TOK"}, {"text": "two dogs in the style of TOK"}, {"output": {}}]
+    web.hugging_face("a/widget", {"x.safetensors": LORA}, card={"widget": widget, "instance_prompt": None})
+    web.hugging_face("a/nothing", {"x.safetensors": LORA}, card={"widget": "x"})
+    expected = {
+        "civitai.com/models/7": ("ohwx man", "TOK"),
+        "fofr/cars": ("TOK",),
+        "fofr/none": (),
+        "huggingface.co/a/instance": ("a photo of sks dog",),
+        "huggingface.co/a/widget": ("TOK",),
+        "huggingface.co/a/nothing": (),
+    }
+    for reference, found in expected.items():
+        for origin in ("download", "disk"):
+            fetched = fetch(reference)
+            assert (words(fetched), fetched.origin) == (found, origin)
+            assert safetensors_bytes(fetched.read(content)) == safetensors_bytes(LORA)
+
+
 # The command
 
 
@@ -1034,6 +1071,13 @@ def test_the_command_prints_the_path_or_one_sentence(web: Web, tmp_path: Path) -
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.strip()).read_bytes() == LORA
     assert "fofr/cars: fetched 0.0 MB" in done.stderr
+    for fact in ("trigger words: none are known", "written by: diffusers", "kinds: LoRA", "rank: 4", "layers: 1"):
+        assert f"\n{fact}\n" in done.stderr
+    demo = (ROOT / "weights" / "demo-loras" / "sunset-kohya.safetensors").read_bytes()
+    web.files["/sunset.safetensors"] = demo
+    facts = lora(f"{web.url}/sunset.safetensors").stderr
+    for fact in ("trigger words: TOK", "title: sunset", "base model: flux-1-dev/lora", "written by: kohya"):
+        assert f"\n{fact}\n" in facts
     failed = lora("nonsense")
     assert (failed.returncode, failed.stdout) == (1, "")
     assert failed.stderr.startswith("'nonsense' does not name a LoRA: use ")

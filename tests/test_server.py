@@ -33,6 +33,7 @@ METRICS = {
     "load_time": float,
     "lora_apply_time": float,
     "lora_cache": str,
+    "lora_trigger_words": str,
     "encode_time": float,
     "denoise_time": float,
     "decode_time": float,

@@ -66,7 +66,9 @@ class Web:
     def downloads(self) -> list[Request]:
         return [request for request in self.asked if request.method == "GET" and request.path in self.files]
 
-    def hugging_face(self, repo: str, files: dict[str, bytes], commit: str = COMMIT, revision: str = "main") -> None:
+    def hugging_face(
+        self, repo: str, files: dict[str, bytes], commit: str = COMMIT, revision: str = "main", card: Any = None
+    ) -> None:
         """A repo whose only commit is `commit`, at main and at `revision`."""
         siblings = [
             {
@@ -76,7 +78,7 @@ class Web:
             }
             for name, body in files.items()
         ]
-        info = {"id": repo, "sha": commit, "siblings": siblings, "private": False}
+        info = {"id": repo, "sha": commit, "siblings": siblings, "private": False, "cardData": card or {}}
         tree = [{"type": "file", "path": name, "size": len(body), "oid": etag_of(body)} for name, body in files.items()]
         self.pages[f"/api/models/{repo}"] = info
         for name in {"main", commit, revision}:
