@@ -4,7 +4,6 @@ The check is made on the very addresses that a connection is opened to, so that 
 next moment gains nothing.
 """
 
-import ipaddress
 import socket
 from contextlib import suppress
 from typing import Any
@@ -17,23 +16,8 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import HTTPError, NameResolutionError
 
+from fetch.addresses import is_private_host, is_public
 from lora.errors import LoraError
-
-NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052: the last four bytes are an IPv4 address
-
-
-def is_public(address: str) -> bool:
-    """Whether this IP address means the same machine to the whole internet, whatever it is wrapped in."""
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(ip, ipaddress.IPv6Address):
-        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
-        if ip in NAT64:
-            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-        if inner is not None:
-            return is_public(str(inner))
-        if ip.is_site_local:
-            return False
-    return ip.is_global and not ip.is_multicast
 
 
 class PublicAdapter(HTTPAdapter):
@@ -47,10 +31,7 @@ class PublicAdapter(HTTPAdapter):
         """A proxy resolves names itself: here only a host that is plainly private can be refused."""
         if select_proxy(request.url or "", options.get("proxies")):
             host = urlsplit(request.url or "").hostname or ""
-            private = host == "localhost" or host.endswith(".localhost")
-            with suppress(ValueError):  # a name, not an IP address
-                private = not is_public(host)
-            if private:
+            if is_private_host(host):
                 raise _private(host)
         return super().send(request, *arguments, **options)
 
@@ -64,6 +45,8 @@ def _private(host: str) -> LoraError:
 class _PublicConnection(HTTPConnection):
     def _new_conn(self) -> socket.socket:
         """Resolve the name once, check every address, connect to one of those very addresses."""
+        if is_private_host(self._dns_host):
+            raise _private(self._dns_host)
         try:
             found = socket.getaddrinfo(self._dns_host, self.port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:

@@ -33,7 +33,6 @@ from fetch.hub import Address, Hub, Source
 from fetch.hugging_face import HuggingFaceRepo
 from fetch.limits import FetchLimits
 from fetch.network import Client
-from fetch.public import is_public
 from fetch.references import parse_reference
 from fetch.remote import RemoteFile
 from fetch.replicate import ReplicateModel
@@ -693,22 +692,6 @@ def test_one_connection_is_enough(web: Web, fetch: Callable[..., FetchedLora]) -
 
 
 # Network
-
-
-@pytest.mark.parametrize(
-    ("address", "public"),
-    [
-        ("8.8.8.8", True),
-        ("2606:4700::1111", True),
-        ("64:ff9b::808:808", True),
-        *[(address, False) for address in ("127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254")],
-        *[(address, False) for address in ("0.0.0.0", "100.64.0.1", "224.0.0.1", "255.255.255.255", "198.18.0.1")],
-        *[(address, False) for address in ("::1", "::", "fe80::1%eth0", "fc00::1", "fec0::1", "ff02::1")],
-        *[(address, False) for address in ("::ffff:127.0.0.1", "64:ff9b::a9fe:a9fe", "2002:7f00:1::")],
-    ],
-)
-def test_public_addresses_are_told_apart(address: str, public: bool) -> None:
-    assert is_public(address) is public
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]", "2130706433", "0x7f.1", "[::ffff:127.0.0.1]"])
