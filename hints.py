@@ -5,6 +5,8 @@ import math
 import secrets
 from collections.abc import Iterator
 
+from errors import InputError
+
 log = logging.getLogger("flux-lora")
 
 SEED_BITS = 32  # of a seed, the lowest, are what torch's CPU generator (a Mersenne Twister) starts from
@@ -17,13 +19,13 @@ DEFAULT_GUIDANCE = 3
 def usable_seed(seed: int | None, num_outputs: int) -> int:
     """The seed of the first picture; a random one where none is given. The log says which the generator makes of it.
 
-    Raises `ValueError` beyond 64 bits, signed or unsigned.
+    Raises `InputError` beyond 64 bits, signed or unsigned.
     """
     if seed is None:
         return secrets.randbits(SEED_BITS)
     most = MOST_SEED + 1 - num_outputs
     if not LEAST_SEED <= seed <= most:
-        raise ValueError(f"seed must be a whole number from {LEAST_SEED} to {most}.")
+        raise InputError(f"seed must be a whole number from {LEAST_SEED} to {most}.")
     used = seed % 2**SEED_BITS
     if used != seed:
         log.info("seed %d: only its lowest %d bits count, so the picture is that of seed %d", seed, SEED_BITS, used)
@@ -69,3 +71,10 @@ def trigger_hint(words: list[str], prompt: str) -> str | None:
     found = [word for word in words if word.lower() in lower]
     which = "none of them is in the prompt" if not found else f"in the prompt: {', '.join(found)}"
     return f"trigger words: {', '.join(words)}; {which}"
+
+
+def log_hints(*hints: str | None) -> None:
+    """A line for each that there is."""
+    for hint in hints:
+        if hint:
+            log.info("%s", hint)

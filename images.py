@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from colours import to_srgb
+from errors import InputError
 from masks import mask_levels, report_mask
 
 log = logging.getLogger("flux-lora")
@@ -47,8 +48,8 @@ KEPT_OUTPUT_FOLDERS = 2  # the last request's and this one's
 SAVED_AS = {"webp": "WEBP", "jpg": "JPEG", "png": "PNG"}
 
 
-class ImageError(ValueError):
-    """An input picture that cannot be used; the message is one sentence for the person who sent it."""
+class ImageError(InputError):
+    """An input picture that cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,11 @@ def read_inputs(
 ) -> Inputs:
     """Read the pictures of a request and decide its size: the input picture's shape, else what was asked for.
 
-    Raises `ImageError` for pictures that cannot be used, `ValueError` for sizes that make no sense.
+    Raises `ImageError` for pictures that cannot be used, `InputError` for sizes that make no sense.
     """
     image, mask = _given(image), _given(mask)
     if image is None and mask is not None:
-        raise ValueError("mask needs image, the picture that it masks.")
+        raise InputError("mask needs image, the picture that it masks.")
     if (width or height) and (image is not None or aspect_ratio != "custom"):
         log.warning('width and height are ignored: they are for aspect_ratio "custom" without an image')
     if image is None:
@@ -114,11 +115,11 @@ def _compare(picture: Image.Image, turned: int, mask: Image.Image, mask_turned: 
 def output_size(aspect_ratio: str, megapixels: str, width: int | None, height: int | None) -> Size:
     """The size to draw at where no input picture decides it.
 
-    Raises `ValueError` for `custom` without both `width` and `height`.
+    Raises `InputError` for `custom` without both `width` and `height`.
     """
     if aspect_ratio == "custom":
         if width is None or height is None:
-            raise ValueError('aspect_ratio "custom" needs both width and height.')
+            raise InputError('aspect_ratio "custom" needs both width and height.')
         return _to_multiple(width), _to_multiple(height)
     full = SIZES[aspect_ratio]
     return full if megapixels == "1" else (full[0] // 2, full[1] // 2)

@@ -10,15 +10,18 @@ from cog import BaseRunner, Input, Path
 from PIL import Image
 from tqdm import tqdm
 
+from errors import InputError, explained
 from flux.checkpoints import find_checkpoints, is_demo
 from flux.device import check_device, choose_device, compiles, compute_dtype, memory_of, synchronize
 from flux.models import FP8, Flux, cache_blocks, compile_blocks, fill_device, fits, load_flux, residency_of
 from flux.pipelines import Job, decode, denoise, encode_picture, encode_prompt, steps_to_run, warm_up
-from hints import reported_seed, request_hints, trigger_hint, usable_seed
+from flux.residency import DeviceMemoryError
+from hints import log_hints, reported_seed, request_hints, trigger_hint, usable_seed
 from images import Inputs, OutputFolders, Size, keep_unmasked, read_inputs, save_pictures
+from lora.errors import LoraError
 from lora_loader import ActiveLora, LoraLoader, slowest_origin, trigger_words
 from phases import Phases
-from safety import BlockedError, load_screener
+from safety import BlockedError, SafetyError, load_screener
 from settings import read_settings
 
 log = logging.getLogger("flux-lora")
@@ -26,6 +29,7 @@ log.setLevel(logging.INFO)
 logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)  # for the libraries
 
 METRIC_PHASES = ("lora_fetch", "lora_read", "load", "lora_apply", "encode", "denoise", "decode", "safety", "save")
+FORESEEN = (InputError, LoraError, BlockedError, SafetyError, DeviceMemoryError)  # their messages are sentences already
 INPUT_SAFETY = "safety of the input"  # counted in safety_time
 
 
@@ -180,41 +184,44 @@ class Predictor(BaseRunner):
         ),
     ) -> list[Path]:
         """Draw the pictures of one request, one after another."""
-        # JSON's 28.0 is an integer to the schema and a float to Python
-        num_outputs, steps, quality = int(num_outputs), int(num_inference_steps), int(output_quality)
-        seed = usable_seed(seed, num_outputs)
-        phases = Phases(partial(synchronize, self.device))
-        residency_of(self.models).phases = phases
+        with explained(*FORESEEN):
+            # JSON's 28.0 is an integer to the schema and a float to Python
+            num_outputs, steps, quality = int(num_outputs), int(num_inference_steps), int(output_quality)
+            seed = usable_seed(seed, num_outputs)
+            phases = Phases(partial(synchronize, self.device))
+            residency_of(self.models).phases = phases
 
-        with phases.time("read"):
-            inputs = read_inputs(image, mask, aspect_ratio, megapixels, width, height)
-        custom = aspect_ratio == "custom" and inputs.picture is None
-        flux = self._choose(model, inputs.size, fast=go_fast, custom=custom)
-        factor = self.settings.go_fast_lora_multiplier if go_fast and flux.precision == FP8 else 1.0
-        loras = self.loras.load(
-            model, (replicate_weights, lora_scale * factor), (extra_lora, extra_lora_scale * factor), phases
-        )
-        log.info("%s, %s, %d x %d, seed %d", model, inputs.mode, *inputs.size, seed)
-        to_run = steps_to_run(steps, prompt_strength)
-        for line in request_hints(model, inputs.mode, steps, to_run, guidance_scale, prompt_strength):
-            log.info("%s", line)
-        if hint := trigger_hint(trigger_words(loras), prompt):
-            log.info("%s", hint)
-        if inputs.picture and self.settings.safety_check_inputs and not disable_safety_checker:
-            self._screen_input(inputs.picture, phases)
-        if inputs.picture is not None and to_run == 0:
-            pictures = [inputs.picture] * num_outputs
-        else:
-            request = Request(prompt, inputs, steps, guidance_scale, prompt_strength, range(seed, seed + num_outputs))
-            pictures = flux.residency.or_clear(lambda: self._draw(flux, loras, request, phases))
-        shown = pictures if disable_safety_checker else self._screen(pictures, phases)
-        with phases.time("save"):
-            paths = save_pictures(shown, self.output_folders.fresh(), output_format, quality)
-        phases.report()
-        self._record_metrics(seed, inputs, flux, len(pictures) - len(shown), loras, phases)
-        if not shown:
-            raise BlockedError("The safety checker blocked every picture: try another prompt or another seed.")
-        return [Path(path) for path in paths]
+            with phases.time("read"):
+                inputs = read_inputs(image, mask, aspect_ratio, megapixels, width, height)
+            custom = aspect_ratio == "custom" and inputs.picture is None
+            flux = self._choose(model, inputs.size, fast=go_fast, custom=custom)
+            factor = self.settings.go_fast_lora_multiplier if go_fast and flux.precision == FP8 else 1.0
+            loras = self.loras.load(
+                model, (replicate_weights, lora_scale * factor), (extra_lora, extra_lora_scale * factor), phases
+            )
+            log.info("%s, %s, %d x %d, seed %d", model, inputs.mode, *inputs.size, seed)
+            to_run = steps_to_run(steps, prompt_strength)
+            log_hints(
+                *request_hints(model, inputs.mode, steps, to_run, guidance_scale, prompt_strength),
+                trigger_hint(trigger_words(loras), prompt),
+            )
+            if inputs.picture and self.settings.safety_check_inputs and not disable_safety_checker:
+                self._screen_input(inputs.picture, phases)
+            if inputs.picture is not None and to_run == 0:
+                pictures = [inputs.picture] * num_outputs
+            else:
+                request = Request(
+                    prompt, inputs, steps, guidance_scale, prompt_strength, range(seed, seed + num_outputs)
+                )
+                pictures = flux.residency.or_clear(lambda: self._draw(flux, loras, request, phases))
+            shown = pictures if disable_safety_checker else self._screen(pictures, phases)
+            with phases.time("save"):
+                paths = save_pictures(shown, self.output_folders.fresh(), output_format, quality)
+            phases.report()
+            self._record_metrics(seed, inputs, flux, len(pictures) - len(shown), loras, phases)
+            if not shown:
+                raise BlockedError("The safety checker blocked every picture: try another prompt or another seed.")
+            return [Path(path) for path in paths]
 
     def healthcheck(self) -> bool:
         """Cog calls this, on a thread of its own, when it is asked for its health; what it raises is the answer."""

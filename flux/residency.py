@@ -29,6 +29,10 @@ T = TypeVar("T")
 COPIES_SUFFIX = " pristine"  # of the part's name: the copies of its pristine weights on the device
 
 
+class DeviceMemoryError(RuntimeError):
+    """The device ran out of memory; the message is one sentence for the person who sent the request."""
+
+
 @dataclass
 class _Part:
     live: LiveWeights
@@ -143,7 +147,7 @@ class Residency:
 
     def or_clear(self, work: Callable[[], T]) -> T:
         """Do `work`. When the device runs out of memory in spite of the plan, everything is given back and the error is
-        one sentence, `RuntimeError`."""
+        one sentence, `DeviceMemoryError`."""
         try:
             return work()
         except Exception as error:
@@ -153,7 +157,7 @@ class Residency:
         self.evict_all()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        raise RuntimeError(
+        raise DeviceMemoryError(
             "The device ran out of memory on this request and has been cleared: try again, or a smaller picture."
         )
 
