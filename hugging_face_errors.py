@@ -9,19 +9,32 @@ from huggingface_hub.errors import (
 )
 
 GATED = "is gated: accept its licence on its page and set HF_TOKEN to a token of that account"
+KINDS = {  # of huggingface_hub's errors, and the codes in the answers from which it makes them
+    GatedRepoError: "GatedRepo",  # a kind of RepositoryNotFoundError
+    RepositoryNotFoundError: "RepoNotFound",
+    RevisionNotFoundError: "RevisionNotFound",
+}
 
 
 def refusal(error: Exception, token: str | None) -> str | None:
     """Why a repo is not given to who asks with `token`; None for an error that says nothing of the repo itself."""
-    hint = "the HF_TOKEN that is set does not open it" if token else "HF_TOKEN is needed"
-    if isinstance(error, GatedRepoError):
-        return GATED
-    if isinstance(error, RepositoryNotFoundError):
-        return f"cannot be opened: there is no such repo, or it is private and {hint}"
-    if isinstance(error, RevisionNotFoundError):
-        return "has no such revision"
     if isinstance(error, HFValidationError):
         return "is not a valid repo id"
-    if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
-        return f"is private or needs an account (Hugging Face answers {error.response.status_code}); {hint}"
+    for kind, code in KINDS.items():
+        if isinstance(error, kind):
+            return refusal_of(code, 0, token)
+    return refusal_of("", error.response.status_code, token) if isinstance(error, HfHubHTTPError) else None
+
+
+def refusal_of(code: str, status: int, token: str | None) -> str | None:
+    """The same, of an answer with this status and this `X-Error-Code` header."""
+    hint = "the HF_TOKEN that is set does not open it" if token else "HF_TOKEN is needed"
+    if code == "GatedRepo":
+        return GATED
+    if code == "RepoNotFound":
+        return f"cannot be opened: there is no such repo, or it is private and {hint}"
+    if code == "RevisionNotFound":
+        return "has no such revision"
+    if status in (401, 403):
+        return f"is private or needs an account (Hugging Face answers {status}); {hint}"
     return None

@@ -1,14 +1,17 @@
 """Hugging Face: a repo at a branch, tag or commit holds files, one of which is the LoRA."""
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 from urllib.parse import quote
 
-import httpx2
-from huggingface_hub import HfApi, get_token, hf_hub_url
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
-from huggingface_hub.hf_api import ModelInfo, RepoSibling
+import requests
+from huggingface_hub import get_token, hf_hub_url, is_offline_mode
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # exported lazily
+from urllib3.exceptions import HTTPError
 
 from fetch.errors import UnavailableError
 from fetch.files import KNOWN_NAMES, choose_file, config_beside
@@ -16,14 +19,35 @@ from fetch.hub import Address, Hub, Source
 from fetch.network import Client
 from fetch.remote import RemoteFile
 from fetch.trigger_words import of_card
-from hugging_face_errors import refusal
+from hugging_face_errors import refusal, refusal_of
 from lora.errors import LoraError
+from lora.header import shown
 from settings import Settings
 
 NOT_OWNERS = ("api", "collections", "datasets", "docs", "models", "spaces")  # first parts of its other pages
 MOST_NAMES = 8  # listed in one error
+WRONG_TOKEN = "Invalid credentials in Authorization header"  # noqa: S105 - its words, no token
+MOST_JSON = 32 * 10**6  # bytes
 
-Files = Mapping[str, RepoSibling]
+
+@dataclass(frozen=True)
+class File:
+    """What the API says of one file of a repo."""
+
+    size: int | None  # bytes
+    sha256: str | None  # of those that are kept as large files
+
+
+Files = Mapping[str, File]
+
+
+@dataclass(frozen=True)
+class Info:
+    """What the API says of a repo at a revision."""
+
+    commit: str | None
+    files: Files
+    card: Mapping[str, Any]  # what the repo's README says of itself
 
 
 @dataclass(frozen=True)
@@ -54,12 +78,12 @@ class HuggingFaceRepo(Source):
 
     def resolve(self, settings: Settings, client: Client) -> RemoteFile:
         """The file at the commit that the revision is now."""
-        info = client.retrying(lambda: _model_info(self, settings, client.limits.connect_timeout))
-        files = {sibling.rfilename: sibling for sibling in info.siblings or []}
+        info = client.retrying(lambda: _model_info(self, settings, client))
+        files = info.files
         name = self.file or _choose_lora(self, files)
         if name not in files:
             raise LoraError(f"{self.label} does not exist: the repo {_file_list(files)}.")
-        file, commit = files[name], info.sha or self.revision or "main"
+        file, commit = files[name], info.commit or self.revision or "main"
         config = config_beside(name, files)
 
         def url(name: str) -> str:
@@ -70,35 +94,64 @@ class HuggingFaceRepo(Source):
             url(name),
             self.token or settings.hf_token or get_token(),
             "HF_TOKEN",
-            sha256=file.lfs.sha256 if file.lfs else None,
+            sha256=file.sha256,
             size=file.size,
             key=HuggingFaceRepo(self.repo, commit, name, self.token).key,
             config_url=url(config) if config else None,
-            trigger_words=of_card(vars(info.card_data)) if info.card_data else (),
+            trigger_words=of_card(info.card),
         )
 
 
-def _model_info(source: HuggingFaceRepo, settings: Settings, timeout: float) -> ModelInfo:
-    """Asked through Hugging Face's own client. Raises `LoraError`."""
-    token = source.token or settings.hf_token
-    api = HfApi(endpoint=settings.hf_endpoint, token=token)
+def _model_info(source: HuggingFaceRepo, settings: Settings, client: Client) -> Info:
+    """What Hugging Face's API says of the repo (huggingface.co/docs/hub/api), asked by our own client, which follows no
+    redirect to a private host. Raises `LoraError`."""
     try:
-        return api.model_info(source.repo, revision=source.revision, files_metadata=True, timeout=timeout)
-    except OfflineModeIsEnabled:
-        raise UnavailableError(f"{source.label}: HF_HUB_OFFLINE is set, so Hugging Face is not asked.") from None
+        validate_repo_id(source.repo)
     except HFValidationError as error:
-        raise LoraError(f"{source.label} {refusal(error, token)}.") from None
-    except HfHubHTTPError as error:
-        if why := refusal(error, token):
-            raise LoraError(f"{source.label} {why}.") from None
-        status = error.response.status_code
-        if status == 429 or status >= 500:
-            raise UnavailableError(
-                f"{source.label}: Hugging Face answers {status}, try again later.", retry_after=0
-            ) from None
-        raise LoraError(f"{source.label}: Hugging Face answers {status}.") from None
-    except (httpx2.HTTPError, OSError):
-        raise UnavailableError(f"{source.label}: Hugging Face cannot be reached.", retry_after=0) from None
+        raise LoraError(f"{source.label} {refusal(error, source.token or settings.hf_token)}.") from None
+    if is_offline_mode():
+        raise UnavailableError(f"{source.label}: HF_HUB_OFFLINE is set, so Hugging Face is not asked.")
+    token = source.token or settings.hf_token or get_token()
+    revision = f"/revision/{quote(source.revision, safe='')}" if source.revision else ""
+    url = f"{settings.hf_endpoint}/api/models/{source.repo}{revision}?blobs=true"
+    with client.get(url, source.label, token, {"Accept": "application/json"}) as response:
+        _check_answer(response, source, source.token or settings.hf_token)
+        try:
+            return _read_info(response.raw.read(MOST_JSON))
+        except (HTTPError, OSError):
+            raise UnavailableError(f"{source.label}: Hugging Face cannot be reached.", retry_after=0) from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise LoraError(f"{source.label}: Hugging Face's answer is not understood.") from None
+
+
+def _check_answer(response: requests.Response, source: HuggingFaceRepo, token: str | None) -> None:
+    status, code = response.status_code, response.headers.get("X-Error-Code", "")
+    if status == 200:
+        return
+    if status == 401 and not code and response.headers.get("X-Error-Message") != WRONG_TOKEN:
+        code = "RepoNotFound"  # as huggingface_hub reads it: a private repo looks like one that is not there
+    if why := refusal_of(code, status, token):
+        raise LoraError(f"{source.label} {why}.")
+    if status == 429 or status >= 500:
+        raise UnavailableError(f"{source.label}: Hugging Face answers {status}, try again later.", retry_after=0)
+    raise LoraError(f"{source.label}: Hugging Face answers {status}.")
+
+
+def _read_info(text: bytes) -> Info:
+    """Raises one of the errors that `_model_info` expects for what is no such answer."""
+    document = json.loads(text)
+    commit = document.get("sha")
+    if commit is not None and not re.fullmatch(r"[0-9a-f]{40}", commit):
+        raise ValueError
+    files = {}
+    for sibling in document.get("siblings") or []:
+        name, size, lfs = sibling["rfilename"], sibling.get("size"), sibling.get("lfs") or {}
+        if not (isinstance(name, str) and isinstance(size, int | None)):
+            raise TypeError
+        sha256 = lfs.get("sha256")
+        files[name] = File(size, None if sha256 is None else str(sha256))
+    card = document.get("cardData")
+    return Info(commit, files, card if isinstance(card, dict) else {})
 
 
 def _choose_lora(source: HuggingFaceRepo, files: Files) -> str:
@@ -119,7 +172,7 @@ def _file_list(files: Files) -> str:
     if not names:
         return "holds no .safetensors file"
     more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
-    return f"holds {', '.join(names[:MOST_NAMES])}{more}"
+    return f"holds {', '.join(map(shown, names[:MOST_NAMES]))}{more}"
 
 
 def _safetensors(files: Files) -> list[str]:
