@@ -4,9 +4,11 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar, overload
+from urllib.parse import urlsplit
 
 MB = 10**6
 GB = 10**9
@@ -81,9 +83,11 @@ def _path(text: str) -> Path:
 
 
 def _url(text: str) -> str:
-    if not re.fullmatch(r"https?://[^\s/?#]+[^\s?#]*", text):
-        raise ValueError(f"must be an address such as https://example.com, not {text!r}")
-    return text.rstrip("/")
+    with suppress(ValueError):  # urlsplit's, for a damaged host or a port above 65535
+        parts = urlsplit(text)
+        if re.fullmatch(r"https?://[^\s/?#]+[^\s?#]*", text) and parts.hostname and parts.port != 0:
+            return text.rstrip("/")
+    raise ValueError(f"must be an address such as https://example.com, not {text!r}")
 
 
 def _token(text: str) -> str | None:

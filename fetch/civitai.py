@@ -19,6 +19,7 @@ from fetch.hub import Address, Hub, Source
 from fetch.network import Client
 from fetch.remote import RemoteFile, check_answer
 from lora.errors import LoraError
+from lora.header import shown
 from settings import Settings
 
 FLUX_1 = "flux.1"  # its names of base models: "Flux.1 D", "Flux.1 S", "Flux.1 Krea", "Flux.1 Kontext"
@@ -95,7 +96,7 @@ def _read_json(client: Client, remote: RemoteFile) -> Json:
         check_answer(response, remote)
         try:
             document = json.loads(response.raw.read(MOST_JSON))
-        except (HTTPError, HTTPException, OSError, ValueError):
+        except (HTTPError, HTTPException, OSError, ValueError, RecursionError):
             client.cancellation.check()
             raise UnavailableError(f"{remote.label}: CivitAI's answer is not understood.", retry_after=0) from None
     if not isinstance(document, dict):
@@ -116,7 +117,7 @@ def _choose_version(source: CivitaiModel, ask: Ask) -> Json:
             versions = [ask(f"model-versions/{source.model}")]
             kind = versions[0].get("model", {}).get("type")
     if kind and kind not in LORA_TYPES:
-        raise LoraError(f"{source.label} is no LoRA: CivitAI lists it as {kind}.")
+        raise LoraError(f"{source.label} is no LoRA: CivitAI lists it as {shown(str(kind))}.")
     bases = list(dict.fromkeys(str(version.get("baseModel")) for version in versions))
     if not versions:
         raise LoraError(f"{source.label} has no version that is published.")
@@ -124,7 +125,9 @@ def _choose_version(source: CivitaiModel, ask: Ask) -> Json:
         return versions[0]  # its file says what it is: labels are often wrong, or newer than these lines
     fitting = [version for version in versions if _base(version).startswith(FLUX_1)]
     if not fitting:
-        raise LoraError(f"{source.label} is for {', '.join(bases) or 'no base model at all'}, not for FLUX.1.")
+        raise LoraError(
+            f"{source.label} is for {', '.join(map(shown, bases[:8])) or 'no base model at all'}, not for FLUX.1."
+        )
     return _newest(fitting)
 
 

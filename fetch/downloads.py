@@ -250,8 +250,10 @@ def _content_range(response: requests.Response) -> tuple[int, int, int]:
 
 
 def _length(response: requests.Response) -> int | None:
+    """None where the server does not say, or says what is no length: the body then ends where the connection does."""
     text = response.headers.get("Content-Length", "")
-    return int(text) if text.isdecimal() and "Transfer-Encoding" not in response.headers else None
+    known = re.fullmatch(r"[0-9]{1,18}", text) and "Transfer-Encoding" not in response.headers
+    return int(text) if known else None
 
 
 @contextmanager

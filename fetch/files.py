@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import tarfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
@@ -12,14 +13,17 @@ from fetch.limits import check_space, too_large
 from fetch.network import Cancellation
 from lora.errors import LoraError
 from lora.families import foreign_family
-from lora.header import CONFIG_FILE, read_header
+from lora.header import CONFIG_FILE, read_header, shown
 from lora.names import is_adapter_key
+
+log = logging.getLogger("flux-lora")
 
 KNOWN_NAMES = ("lora.safetensors", "pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 SUFFIX = ".safetensors"
 LARGEST_CONFIG = 1 << 20  # bytes
 MOST_MEMBERS = 10_000
-LARGEST_READ = 1 << 20  # tarfile reads a long name or a PAX header in one piece, of whatever size it claims
+LARGEST_READ = 1 << 16  # tarfile reads a long name or a PAX header in one piece, of whatever size it claims
+MOST_HEADERS = 1 << 25  # bytes of all headers together, which tarfile keeps
 BLOCK = 1 << 20
 ALIGNMENT = 8  # of the header's end, as safetensors itself writes it
 
@@ -62,12 +66,12 @@ def extract_lora(
             files = [name for name in members if name.lower().endswith(SUFFIX)]
             name = choose_file(files)
             if name is None:
-                names = ", ".join(sorted(files)[:5])
+                names = ", ".join(shown(name) for name in sorted(files)[:5])
                 found = f"several .safetensors files ({names})" if files else "no .safetensors file"
                 raise LoraError(f"{label}: the archive holds {found}; it must hold one, or one named {KNOWN_NAMES[0]}.")
             start, size = members[name]
             if size > most_bytes:
-                raise too_large(f"{label}: {name}", size, most_bytes)
+                raise too_large(f"{label}: {shown(name)}", size, most_bytes)
             check_space(into, size)
             config = None
             if beside := config_beside(name, members):
@@ -77,8 +81,10 @@ def extract_lora(
             return _write(_member(file, size), into, label, cancellation), config
     except LoraError:
         raise
-    except (tarfile.TarError, ValueError, EOFError, OverflowError) as error:
-        raise LoraError(f"{label}: the archive is damaged ({type(error).__name__}).") from None
+    except (tarfile.TarError, ValueError, EOFError, OverflowError, RecursionError) as error:
+        # tarfile calls itself once for each header that only describes the next one
+        log.info("%s: reading the archive: %s: %s", label, type(error).__name__, error)
+        raise LoraError(f"{label}: the archive is damaged.") from None
 
 
 def check_lora_file(path: Path, label: str) -> None:
@@ -104,10 +110,11 @@ class _Reader:
     """A file of which tarfile can read small pieces only."""
 
     def __init__(self, file: IO[bytes]) -> None:
-        self.seek, self.tell, self._file = file.seek, file.tell, file
+        self.seek, self.tell, self._file, self._left = file.seek, file.tell, file, MOST_HEADERS
 
     def read(self, size: int) -> bytes:
-        if not 0 <= size <= LARGEST_READ:
+        self._left -= size
+        if not 0 <= size <= LARGEST_READ or self._left < 0:
             raise tarfile.ReadError("a header claims an unreasonable size")
         return self._file.read(size)
 
@@ -124,6 +131,7 @@ def _regular_members(file: IO[bytes], label: str, cancellation: Cancellation) ->
                 member.isreg()
                 and not member.issparse()
                 and member.size >= 0
+                and member.offset_data >= 0
                 and (member.name.lower().endswith(SUFFIX) or PurePosixPath(member.name).name == CONFIG_FILE)
             ):
                 found[member.name] = (member.offset_data, member.size)

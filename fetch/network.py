@@ -1,5 +1,6 @@
 """The requests of one fetch: few redirects, no token carried to another server, tried again, cancelled at any time."""
 
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -164,11 +165,13 @@ def same_server(one: str, other: str) -> bool:
 
 
 def host_of(url: str) -> str:
-    """The server's name only, since all else of an address may be a secret."""
-    try:
-        return urlsplit(url).hostname or "the address"
-    except ValueError:
-        return "the address"
+    """The server's name only, since all else of an address may be a secret. Of an address with an @ nothing is shown:
+    a damaged one may have its password where the name belongs."""
+    with suppress(ValueError):
+        host = urlsplit(url).hostname or ""
+        if "@" not in url and re.fullmatch(r"[\w.:-]{1,253}", host):
+            return host
+    return "the address"
 
 
 def plain_reason(error: BaseException) -> str:

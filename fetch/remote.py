@@ -1,5 +1,7 @@
 """A file on another machine: what is known of it beforehand, and what its server's answer means for a person."""
 
+import math
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,6 +13,8 @@ from fetch.errors import NotFoundError, UnavailableError
 from fetch.network import host_of
 from hugging_face_errors import GATED
 from lora.errors import LoraError
+
+DAY = 86_400  # seconds
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,8 @@ def check_answer(response: requests.Response, remote: RemoteFile) -> None:
     status, host, label = response.status_code, host_of(response.url), remote.label
     if status in (408, 429) or status >= 500:
         seconds = _retry_after(response)
-        later = f"; it asks to wait {seconds:.0f} seconds" if seconds else ""
+        wait = f"{seconds:.0f} seconds" if seconds <= DAY else "more than a day"
+        later = f"; it asks to wait {wait}" if seconds else ""
         raise UnavailableError(f"{label}: {host} answers {status}{later}, try again later.", seconds)
     if response.headers.get("X-Error-Code") == "GatedRepo":
         raise LoraError(f"{label} {GATED}.")
@@ -71,9 +76,9 @@ def _token_hint(remote: RemoteFile) -> str:
 def _retry_after(response: requests.Response) -> float:
     """Seconds, which the server gives as such or as a date (RFC 9110, 10.2.3); 0 when it does not say."""
     text = response.headers.get("Retry-After", "").strip()
-    if text.isdecimal():
-        return float(text)
+    if re.fullmatch(r"[0-9]+", text):
+        return float(text) if len(text) < 9 else math.inf
     try:
         return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
-    except ValueError:
+    except (ValueError, OverflowError):
         return 0.0

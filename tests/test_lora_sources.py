@@ -403,6 +403,17 @@ def test_hugging_face_says_why(web: Web, fetch: Callable[..., FetchedLora]) -> N
         fetch(references["hugging face"])
 
 
+@pytest.mark.parametrize(
+    "answer", [[], {"sha": "../x", "siblings": []}, {"siblings": [{"rfilename": 5}]}, {"siblings": 5}]
+)
+def test_an_odd_answer_of_hugging_face_is_one_sentence(
+    web: Web, fetch: Callable[..., FetchedLora], answer: Any
+) -> None:
+    web.pages["/api/models/acme/odd"] = answer
+    with pytest.raises(LoraError, match=r"^huggingface.co/acme/odd: Hugging Face's answer is not understood\.$"):
+        fetch("huggingface.co/acme/odd")
+
+
 def test_civitai_says_why(web: Web, fetch: Callable[..., FetchedLora]) -> None:
     hubs(web)
     web.civitai(8, {80: ("SDXL 1.0", LORA), 81: ("Pony", LORA)})
@@ -576,6 +587,12 @@ def special(kind: bytes, name: str, size: int = 0) -> tarfile.TarInfo:
     return info
 
 
+def long_names(count: int) -> bytes:
+    """Headers that each only give the next one's name."""
+    header = special(tarfile.GNUTYPE_LONGNAME, "././@LongLink", 10).tobuf(tarfile.GNU_FORMAT)
+    return (header + b"a" * 9 + bytes(503)) * count
+
+
 @pytest.mark.parametrize(
     ("archive", "found"),
     [
@@ -589,6 +606,9 @@ def special(kind: bytes, name: str, size: int = 0) -> tarfile.TarInfo:
         (tar_file({"x.safetensors": LORA})[:30_000], "is damaged"),
         (tar_file({}, special(tarfile.REGTYPE, "x.safetensors", 10**13)), "is damaged"),
         (tar_file({}, special(tarfile.GNUTYPE_LONGNAME, "x", 10**10)), "is damaged"),
+        (long_names(5000) + tar_file({"x.safetensors": LORA}), "is damaged"),
+        (tar_file({}, special(tarfile.REGTYPE, "x.safetensors", -(2**70))), "is damaged"),
+        (tar_file({"a\x1b\n.safetensors": LORA, "b.safetensors": LORA}), r"\('a\\x1b\\n.safetensors', b.safetensors\)"),
         (tar_file({f"{i}.txt": b"" for i in range(10_001)}), "more than 10000 files"),
         (trained(b"PK\3\4" * 100), "is not a whole safetensors file"),
     ],
@@ -623,6 +643,8 @@ PASSING = {
     "ranges short": Fault(99, ranges="short"),
     "ranges undeclared": Fault(99, ranges="undeclared"),
     "ranges refused": Fault(status=416),
+    "absurd length": Fault(99, headers={"Content-Length": "9" * 5000}),
+    "negative length": Fault(99, headers={"Content-Length": "-1"}, ranges="ignored"),
     "429": Fault(status=429, headers={"Retry-After": "1"}),
     "500": Fault(2, status=500),
 }
@@ -634,6 +656,7 @@ FAILING = {
     "403": (Fault(99, status=403), "private or needs an account"),
     "404": (Fault(99, status=404), "does not exist"),
     "429 for an hour": (Fault(99, status=429, headers={"Retry-After": "3600"}), "asks to wait 3600 seconds"),
+    "429 for ever": (Fault(99, status=429, headers={"Retry-After": "9" * 5000}), "asks to wait more than a day"),
     "500 for good": (Fault(99, status=500), "answers 500, try again later"),
     "drip": (Fault(99, drip=0.01), "did not arrive within 0.5 seconds"),
     "silence": (Fault(99, wait=threading.Event()), "no answer in time"),
@@ -708,8 +731,10 @@ def test_a_redirect_into_the_private_network_is_refused(web: Web, fetch: Callabl
     assert fetch("huggingface.co/acme/lora", LORA_ALLOW_PRIVATE_HOSTS="0").path.read_bytes() == LORA
     with serve(Web(files={"/x": LORA})) as inner:
         web.redirects["/fofr/cars/_weights"] = f"{inner.url}/x"
-        with pytest.raises(LoraError, match="is on a private network"):
-            fetch("fofr/cars", LORA_ALLOW_PRIVATE_HOSTS="0")
+        web.redirects["/api/models/acme/moved"] = f"{inner.url}/api/models/acme/lora"
+        for reference in ("fofr/cars", "huggingface.co/acme/moved"):
+            with pytest.raises(LoraError, match="is on a private network"):
+                fetch(reference, LORA_ALLOW_PRIVATE_HOSTS="0")
         assert not inner.asked
 
 
@@ -744,6 +769,14 @@ def test_redirects_end(web: Web, fetch: Callable[..., FetchedLora]) -> None:
         web.redirects["/d.safetensors"] = damaged
         with pytest.raises(LoraError, match="an address that can"):
             fetch(f"{web.url}/d.safetensors")
+    for damaged in (
+        *("http://user:secret@[::1/x", "http://secret?@h.test/", "http://secret#@h.test/", "http://u:secret@h.test:٣/"),
+        *("http://u:secret@\x7f/", "http://u:secret@h.test\x00/", "http://[::1%secret@]/"),
+    ):
+        web.redirects["/d.safetensors"] = damaged
+        with pytest.raises(LoraError, match=r"^[ -~]*\.$") as caught:
+            fetch(f"{web.url}/d.safetensors")
+        assert "secret" not in str(caught.value)
 
 
 def test_proxies_of_the_environment_are_used_and_netrc_is_not(

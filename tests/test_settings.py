@@ -57,6 +57,8 @@ def test_values_are_typed() -> None:
         ("LORA_ALLOW_PRIVATE_HOSTS", "2"),
         ("CIVITAI_ENDPOINT", "civitai.com"),
         ("REPLICATE_ENDPOINT", "ftp://replicate.com"),
+        ("HF_ENDPOINT", "http://example.com:65536"),
+        ("HF_ENDPOINT", "http://[::1"),
         ("SAFETY_MODEL", ""),
         ("SAFETY_MODEL", "none"),
         ("SAFETY_VIT", ""),
