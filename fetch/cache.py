@@ -21,9 +21,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from fetch.errors import FetchCancelledError
+from fetch.limits import check_space
 from fetch.network import Cancellation
 from fetch.remote import Downloaded
-from lora.errors import LoraError
 
 log = logging.getLogger("flux-lora")
 
@@ -49,12 +49,22 @@ class LoraCache:
         self.folder, self._most_bytes = folder, most_bytes
 
     def prepare(self) -> None:
-        """Make the folders that are missing. Raises `LoraError` when that is not possible."""
-        try:
-            for name in FOLDERS:
-                (self.folder / name).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise LoraError(f"LORA_CACHE_DIR is {self.folder}, which cannot be used: {error.strerror}.") from None
+        """Make the folders that are missing. Raises `OSError` when that is not possible."""
+        for name in FOLDERS:
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+
+    def make_room(self, size: int) -> None:
+        """Evict until the disk has room for `size` more bytes. Raises `CacheError`, and evicts nothing, when that would
+        not do."""
+        kept = sum(path.stat().st_size for path in (self.folder / "files").iterdir())
+        if 0 < self._missing(size) <= kept:
+            with _locked(self._lock_file("cache")):
+                self._evict(size)
+        check_space(self.folder / "files", size)
+
+    def _missing(self, size: int) -> int:
+        """How many bytes too few the disk has for `size` more."""
+        return size - shutil.disk_usage(self.folder).free
 
     def path(self, sha256: str) -> Path:
         return self.folder / "files" / f"{sha256}.safetensors"
@@ -86,7 +96,7 @@ class LoraCache:
             entry = _entry(path, downloaded)
             for key in keys:
                 self._link(key, entry)
-            self._evict(keep=path)
+            self._evict(0, keep=path)
         return entry
 
     def link(self, key: str, entry: CacheEntry) -> None:
@@ -129,10 +139,12 @@ class LoraCache:
             pass
         return None  # the file stays until a good one replaces it, which may have happened already
 
-    def _evict(self, keep: Path) -> None:
-        """Remove the least recently used files beyond the cache's size. Call it under the cache's lock."""
+    def _evict(self, size: int, keep: Path | None = None) -> None:
+        """Remove the least recently used files, until the cache is within its size and the disk has room for `size`
+        more bytes. Call it under the cache's lock."""
         files = {path: path.stat() for path in (self.folder / "files").iterdir()}
         excess = sum(status.st_size for status in files.values()) - self._most_bytes
+        excess = max(excess, self._missing(size))
         for path in sorted(files, key=lambda path: files[path].st_atime_ns):
             if excess > 0 and path != keep:
                 log.info("LoRA cache: %s is evicted, the least recently used", path.name)

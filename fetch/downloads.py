@@ -12,7 +12,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,8 +22,8 @@ from queue import Empty, SimpleQueue
 import requests
 from urllib3.exceptions import HTTPError
 
-from fetch.errors import UnavailableError
-from fetch.limits import check_space, too_large
+from fetch.errors import CacheError, UnavailableError
+from fetch.limits import too_large
 from fetch.network import Client, host_of, plain_reason, same_server
 from fetch.remote import Downloaded, RemoteFile, check_answer
 from lora.errors import LoraError
@@ -49,16 +49,18 @@ class _BadRangesError(Exception):
     """The server's ranges cannot be trusted: the file has to come in one stream."""
 
 
-def download(client: Client, remote: RemoteFile, path: Path, most_bytes: int) -> Downloaded | None:
+def download(
+    client: Client, remote: RemoteFile, path: Path, most_bytes: int, make_room: Callable[[int], None]
+) -> Downloaded | None:
     """Download `remote` to `path`; None when the server says that the caller's copy is current (304).
 
     Raises `UnavailableError` when the server does not deliver, `LoraError` for everything else, `FetchCancelledError`.
-    What is at `path` then is not to be used.
+    What is at `path` then is not to be used. `make_room` is called with the size as soon as that is known.
     """
     if remote.size is not None and remote.size > most_bytes:
         raise too_large(remote.label, remote.size, most_bytes)
     with _open_file(path) as file:
-        transfer = _Transfer(client, remote, file, path, most_bytes)
+        transfer = _Transfer(client, remote, file, most_bytes, make_room)
         try:
             downloaded = transfer.run(ranged=True)
         except _BadRangesError:
@@ -70,9 +72,11 @@ def download(client: Client, remote: RemoteFile, path: Path, most_bytes: int) ->
 
 
 class _Transfer:
-    def __init__(self, client: Client, remote: RemoteFile, file: int, path: Path, most_bytes: int) -> None:
+    def __init__(
+        self, client: Client, remote: RemoteFile, file: int, most_bytes: int, make_room: Callable[[int], None]
+    ) -> None:
         self.client, self.limits, self.cancellation = client, client.limits, client.cancellation
-        self.remote, self.file, self.path, self.most_bytes = remote, file, path, most_bytes
+        self.remote, self.file, self.most_bytes, self.make_room = remote, file, most_bytes, make_room
         self.location = remote.url  # where redirects led
         self.total: int | None = None
         self.segments: list[_Segment] = []
@@ -128,7 +132,7 @@ class _Transfer:
     def _expect(self, total: int) -> None:
         if total > self.most_bytes:
             raise too_large(self.remote.label, total, self.most_bytes)
-        check_space(self.path, total)
+        self.make_room(total)
         self.total = total
 
     def _first_segment(self, response: requests.Response, rest: "SimpleQueue[_Segment]") -> None:
@@ -258,7 +262,7 @@ def _length(response: requests.Response) -> int | None:
 
 @contextmanager
 def _open_file(path: Path) -> Iterator[int]:
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)  # less the umask
     try:
         yield file
     finally:
@@ -272,4 +276,4 @@ def _write(file: int, block: bytes, at: int) -> None:
             written = os.pwrite(file, view, at)
             view, at = view[written:], at + written
     except OSError as error:
-        raise LoraError(f"The file cannot be written into LORA_CACHE_DIR: {error.strerror}.") from None
+        raise CacheError(f"The file cannot be written into LORA_CACHE_DIR: {error.strerror}.") from None

@@ -18,5 +18,9 @@ class NotFoundError(LoraError):
     """The server has no such thing, or does not say that it has."""
 
 
+class CacheError(LoraError):
+    """The cache's folder cannot be written: it is read-only or full, or another user's."""
+
+
 class FetchCancelledError(Exception):
     """The fetch is not wanted any more."""

@@ -9,6 +9,7 @@ from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import IO
 
+from fetch.errors import CacheError
 from fetch.limits import check_space, too_large
 from fetch.network import Cancellation
 from lora.errors import LoraError
@@ -157,5 +158,5 @@ def _write(blocks: Iterable[bytes], into: Path, label: str, cancellation: Cancel
                 digest.update(block)
                 output.write(block)
     except OSError as error:
-        raise LoraError(f"{label} cannot be written into LORA_CACHE_DIR: {error.strerror}.") from None
+        raise CacheError(f"{label} cannot be written into LORA_CACHE_DIR: {error.strerror}.") from None
     return digest.hexdigest()

@@ -4,6 +4,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from fetch.errors import CacheError
 from lora.errors import LoraError
 from settings import GB, MB
 
@@ -30,7 +31,7 @@ def too_large(label: str, size: int | None, most_bytes: int) -> LoraError:
 
 
 def check_space(path: Path, size: int) -> None:
-    """Raises `LoraError` when the disk of `path` has no room for `size` more bytes."""
+    """Raises `CacheError` when the disk of `path` has no room for `size` more bytes."""
     free = shutil.disk_usage(path.parent).free
     if size > free:
-        raise LoraError(f"The disk of LORA_CACHE_DIR has {free / GB:.3g} GB free and {size / GB:.3g} GB are needed.")
+        raise CacheError(f"The disk of LORA_CACHE_DIR has {free / GB:.3g} GB free and {size / GB:.3g} GB are needed.")

@@ -1,6 +1,7 @@
 """The requests of one fetch: few redirects, no token carried to another server, tried again, cancelled at any time."""
 
 import re
+import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -8,12 +9,11 @@ from typing import TypeVar
 from urllib.parse import urljoin, urlsplit
 
 import requests
-from requests.adapters import HTTPAdapter
 from urllib3.exceptions import HTTPError
 
 from fetch.errors import FetchCancelledError, UnavailableError
 from fetch.limits import FetchLimits
-from fetch.public import PublicAdapter
+from fetch.public import WatchedAdapter
 from lora.errors import LoraError
 
 T = TypeVar("T")
@@ -25,13 +25,44 @@ class Cancellation:
 
     def __init__(self) -> None:
         self._event = threading.Event()
+        self._sockets: set[socket.socket] = set()
         self._responses: set[requests.Response] = set()
 
     def cancel(self) -> None:
         self._event.set()
+        for connected in list(self._sockets):
+            with suppress(OSError):  # it ended by itself just now
+                connected.shutdown(socket.SHUT_RDWR)
         for response in list(self._responses):
-            with suppress(ValueError, RuntimeError, OSError):  # it ended by itself just now
+            with suppress(ValueError, RuntimeError, OSError):
                 response.raw.shutdown()
+
+    def watch(self, connected: socket.socket) -> Callable[[], None]:
+        """Let `cancel` end this connection, whatever is waited for on it, until what this returns is called. Raises
+        `FetchCancelledError`."""
+        self.check()
+        watched = connected.dup()  # the original changes hands when TLS begins
+        self._sockets.add(watched)
+
+        def forget() -> None:
+            self._sockets.discard(watched)
+            watched.close()
+
+        if self.is_cancelled():  # just now, perhaps before it was in the set
+            forget()
+            raise FetchCancelledError
+        return forget
+
+    @contextmanager
+    def reading(self, response: requests.Response) -> Iterator[requests.Response]:
+        """The response, which `cancel` interrupts even where the connection is its own by now; closed afterwards."""
+        self._responses.add(response)
+        try:
+            self.check()
+            yield response
+        finally:
+            self._responses.discard(response)
+            response.close()
 
     def is_cancelled(self) -> bool:
         return self._event.is_set()
@@ -45,17 +76,6 @@ class Cancellation:
         """Raises `FetchCancelledError` as soon as the fetch is cancelled."""
         self._event.wait(seconds)
         self.check()
-
-    @contextmanager
-    def reading(self, response: requests.Response) -> Iterator[requests.Response]:
-        """The response, which `cancel` interrupts; it is closed afterwards."""
-        self._responses.add(response)
-        try:
-            self.check()
-            yield response
-        finally:
-            self._responses.discard(response)
-            response.close()
 
 
 class Client:
@@ -71,13 +91,16 @@ class Client:
         self.limits, self.cancellation = limits, cancellation
         self._session = requests.Session()
         self._session.auth = lambda request: request  # without one, requests reads netrc
-        adapter = HTTPAdapter if allow_private else PublicAdapter
+
+        def adapter(*, public: bool) -> WatchedAdapter:
+            return WatchedAdapter(cancellation.watch, public=public, pool_maxsize=limits.connections)
+
         for scheme in ("http://", "https://"):
-            self._session.mount(scheme, adapter(pool_maxsize=limits.connections))
+            self._session.mount(scheme, adapter(public=not allow_private))
         if trusted:
             parts = urlsplit(trusted)
             server = f"{parts.scheme}://{parts.netloc}/".lower()
-            self._session.mount(server, HTTPAdapter(pool_maxsize=limits.connections))
+            self._session.mount(server, adapter(public=False))
 
     def __enter__(self) -> "Client":
         return self
@@ -122,6 +145,7 @@ class Client:
         try:
             response = self._session.get(url, headers=sent, stream=True, allow_redirects=False, timeout=timeouts)
         except (requests.ConnectionError, requests.Timeout, HTTPError, OSError) as error:
+            self.cancellation.check()
             raise UnavailableError(
                 f"{label}: {host_of(url)} cannot be reached ({plain_reason(error)}).", retry_after=0
             ) from None

@@ -6,13 +6,16 @@ The work is done on a thread of its own, which holds the locks and the unfinishe
 raise at any line of the request's thread, leaves nothing behind.
 """
 
+import atexit
 import hashlib
 import logging
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Literal, TypeVar, assert_never
 
@@ -20,14 +23,14 @@ from fetch import trigger_words
 from fetch.cache import CacheEntry, LoraCache
 from fetch.content import check_content
 from fetch.downloads import download
-from fetch.errors import UnavailableError
+from fetch.errors import CacheError, UnavailableError
 from fetch.files import LARGEST_CONFIG, add_metadata, check_lora_file, extract_lora, is_tar
 from fetch.hub import Source
-from fetch.limits import FetchLimits, check_space, too_large
+from fetch.limits import FetchLimits, too_large
 from fetch.network import Cancellation, Client
 from fetch.references import parse_reference
 from fetch.remote import Downloaded, RemoteFile
-from fetch.web import LocalFile, WebFile
+from fetch.web import DataUri, LocalFile, WebFile
 from lora.errors import LoraError
 from lora.header import CONFIG_FILE
 from settings import MB, Settings
@@ -84,9 +87,31 @@ def fetch_weights(weights: str, settings: Settings, limits: FetchLimits = DEFAUL
 
 def _fetch(source: Source, settings: Settings, limits: FetchLimits) -> FetchedLora:
     fetch = _Fetch(source, settings, limits)
-    if source.immutable and (entry := fetch.cache.find(source.key)):
-        return fetch.fetched(entry, "disk")
-    fetch.cache.prepare()
+    known = fetch.cache.find(source.key)
+    if known and source.immutable:
+        return fetch.fetched(known, "disk")
+    try:
+        return _run(fetch)
+    except CacheError as error:
+        if known is None and not isinstance(source, DataUri):
+            raise
+        if known:
+            log.warning("%s The copy in the LoRA cache is used.", error)
+            return fetch.fetched(known, "disk")
+        log.warning("%s %s is kept in a temporary folder.", error, source.label)
+    return _run(_Fetch(source, replace(settings, lora_cache_dir=_spare_folder(), lora_cache_bytes=0), limits))
+
+
+@cache
+def _spare_folder() -> Path:
+    """Where a LoRA is kept that came with the request while the cache cannot be written."""
+    folder = tempfile.mkdtemp(prefix="flux-lora-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+def _run(fetch: "_Fetch") -> FetchedLora:
+    source, limits = fetch.source, fetch.limits
     try:
         return call_on_new_thread(fetch.run, limits.total_timeout, "lora")
     except TimeLimitError:
@@ -123,6 +148,7 @@ class _Fetch:
         """Bring it into the cache unless it is there. Raises `LoraError` and `FetchCancelledError`."""
         source, cache = self.source, self.cache
         try:
+            cache.prepare()
             with cache.lock(source.key, self.cancellation):
                 known = cache.find(source.key)
                 if known and source.immutable:  # another process has fetched it meanwhile
@@ -137,7 +163,9 @@ class _Fetch:
                     for kind in PARTS:
                         self._part(kind).unlink(missing_ok=True)
         except OSError as error:
-            raise LoraError(f"LORA_CACHE_DIR is {cache.folder}, which cannot be used: {error.strerror}.") from None
+            raise CacheError(
+                f"LORA_CACHE_DIR is {cache.folder}, which cannot be used: {error.strerror or error}."
+            ) from None
 
     def _part(self, kind: str) -> Path:
         return self.cache.part(self.source.key, kind)
@@ -178,7 +206,7 @@ class _Fetch:
         config = None
         if remote.config_url:
             about = replace(remote, url=remote.config_url, sha256=None, size=None)
-            download(client, about, self._part("config"), LARGEST_CONFIG)
+            download(client, about, self._part("config"), LARGEST_CONFIG, self.cache.make_room)
             config = self._part("config").read_bytes()
         stored = self._store(downloaded, config, remote.key, remote.trigger_words)
         log.info("%s: fetched %.1f MB in %.1f s", label, stored.size / MB, time.monotonic() - started)
@@ -189,7 +217,7 @@ class _Fetch:
         part, most_bytes = self._part("download"), self.settings.lora_max_bytes
         unchecked, listed = replace(remote, sha256=None), (remote.sha256 or "").lower()
         for _ in range(2):
-            downloaded = download(client, unchecked, part, most_bytes)
+            downloaded = download(client, unchecked, part, most_bytes, self.cache.make_room)
             if downloaded is None or not listed or downloaded.sha256 == listed:
                 return downloaded
             log.warning("%s: its SHA-256 is not the one that its hub lists", remote.label)
@@ -204,7 +232,7 @@ class _Fetch:
             size = path.stat().st_size
             if size > most_bytes:
                 raise too_large(str(path), size, most_bytes)
-            check_space(part, size)
+            self.cache.make_room(size)
             shutil.copyfile(path, part)
             with part.open("rb") as file:
                 return Downloaded(hashlib.file_digest(file, "sha256").hexdigest())
@@ -213,7 +241,7 @@ class _Fetch:
 
     def _write(self, content: bytes) -> Downloaded:
         part = self._part("download")
-        check_space(part, len(content))
+        self.cache.make_room(len(content))
         part.write_bytes(content)
         return Downloaded(hashlib.sha256(content).hexdigest())
 

@@ -16,6 +16,7 @@ import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -929,6 +930,58 @@ def test_a_full_disk_is_one_sentence(web: Web, fetch: Callable[..., FetchedLora]
     assert fetch(reference).path.read_bytes() == LORA
 
 
+def test_a_cache_that_cannot_be_written_serves_what_needs_no_room(
+    web: Web, fetch: Callable[..., FetchedLora], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    references, other = hubs(web), lora_file(3)
+    fetch(references["hugging face"])
+    shutil.rmtree(tmp_path / "parts")
+    (tmp_path / "parts").write_text("")  # root may write into any folder, but into no file as if it were one
+    again = fetch_lora(references["hugging face"], settings(web, tmp_path), FAST)
+    assert (again.origin, again.path.read_bytes()) == ("disk", LORA)
+    assert "The copy in the LoRA cache is used." in caplog.text
+    data = fetch_lora(f"data:;base64,{base64.b64encode(other).decode()}", settings(web, tmp_path), FAST)
+    assert data.path.read_bytes() == other
+    assert tmp_path not in data.path.parents
+    with pytest.raises(LoraError, match=r"^LORA_CACHE_DIR is .*, which cannot be used: File exists\.$"):
+        fetch_lora(references["civitai"], settings(web, tmp_path), FAST)
+
+
+def test_a_disk_that_is_nearly_full_costs_the_least_recently_used(
+    web: Web, fetch: Callable[..., FetchedLora], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LORA_CACHE_GB is larger than the disk, which has room for two and a half."""
+
+    def disk_usage(_path: Path) -> Any:
+        used = sum(
+            file.stat().st_size for file in tmp_path.rglob("*") if file.is_file() and file.parent.name == "files"
+        )
+        return shutil._ntuple_diskusage(0, 0, len(LORA) * 5 // 2 - used)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+    kept = []
+    for seed in range(4):
+        web.files[f"/{seed}.safetensors"] = lora_file(seed)
+        kept.append(fetch(f"{web.url}/{seed}.safetensors").path)
+    assert [path.exists() for path in kept] == [False, False, True, True]
+    web.files["/huge.safetensors"] = lora_file(9, columns=9999)
+    with pytest.raises(LoraError, match=r"GB free and .* GB are needed"):
+        fetch(f"{web.url}/huge.safetensors")
+    assert [path.exists() for path in kept] == [False, False, True, True]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no umask")
+def test_users_of_one_group_may_share_a_cache(web: Web, fetch: Callable[..., FetchedLora], tmp_path: Path) -> None:
+    before = os.umask(0o002)
+    try:
+        fetch(hubs(web)["hugging face"])
+    finally:
+        os.umask(before)
+    made = list(tmp_path.rglob("*"))
+    assert len(made) > 6
+    assert all(path.stat().st_mode & 0o020 for path in made)
+
+
 def test_a_folder_that_cannot_be_used_is_one_sentence(web: Web, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(LoraError, match=r"LORA_CACHE_DIR is .*/file/x, which cannot be used: Not a directory"):
@@ -967,6 +1020,29 @@ def test_cancelling_at_any_time_leaves_nothing(
     assert not list(tmp_path.glob("files/*"))
     web.fault = None
     assert fetch(reference).path.read_bytes() == LORA
+
+
+def test_cancelling_among_dripping_headers_gives_the_lock_back(web: Web, tmp_path: Path) -> None:
+    """Each line comes in time, the last of them never does."""
+    ended = threading.Event()
+
+    def drip(server: socket.socket) -> None:
+        connected, _ = server.accept()
+        with connected, suppress(OSError):
+            connected.sendall(b"HTTP/1.1 200 OK\r\n")
+            while not ended.wait(0.05):
+                connected.sendall(b"X-Drip: 1\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=drip, args=(server,), daemon=True).start()
+        reference = f"http://127.0.0.1:{server.getsockname()[1]}/x.safetensors"
+        with pytest.raises(LoraError, match=r"did not arrive within 0\.5 seconds"):
+            fetch_lora(reference, settings(web, tmp_path), SHORT_OF_TIME["drip"])
+        try:
+            wait_until(lambda: not any(thread.name == "lora" for thread in threading.enumerate()), 4)
+        finally:
+            ended.set()
+    check_cache(tmp_path)
 
 
 def test_a_fetch_for_which_there_is_no_thread_fails_alone(web: Web, fetch: Callable[..., FetchedLora]) -> None:
