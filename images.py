@@ -41,6 +41,8 @@ ORIENTATION = 0x0112  # EXIF's tag of how the picture is turned; 1 is upright
 SIDE_MULTIPLE = 16  # 8 pixels a latent, 2 x 2 latents a token
 LONGEST_INPUT_SIDE = 1440
 MOST_INPUT_PIXELS = 89_000_000  # decoded, 270 MB; just under where Pillow itself begins to warn
+MOST_INPUT_SIDE = 65_535  # JPEG's own limit; what is longer and thinner is no picture
+ORDINARY_PIXELS = 25_000_000  # up to here every pixel of a JPEG counts
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # EPS, PSD and the like run code of their own
 FORMATS_IN_WORDS = "PNG, JPEG, WebP, GIF, BMP, TIFF or AVIF"
 RESAMPLING = Image.Resampling.LANCZOS  # what diffusers' image processor uses
@@ -155,6 +157,8 @@ def _read(file: Path | str, name: str) -> tuple[Image.Image, int]:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the size is checked just below
             with Image.open(path, formats=FORMATS) as picture:
                 _check_pixels(picture, name)
+                if picture.width * picture.height > ORDINARY_PIXELS:  # a JPEG is decoded at a half to an eighth then
+                    picture.draft(None, (2 * LONGEST_INPUT_SIDE, 2 * LONGEST_INPUT_SIDE))
                 picture.load()  # the first frame, where there are several
                 _check_kind(picture, name)
                 upright = _eight_bits(_upright(picture))
@@ -224,6 +228,8 @@ def _fetched_by_cog(file: Path | str, name: str) -> Path:
 def _check_pixels(picture: Image.Image, name: str) -> None:
     if picture.width * picture.height > MOST_INPUT_PIXELS:
         raise _too_large(name)
+    if max(picture.size) > MOST_INPUT_SIDE:
+        raise ImageError(f"{name} is {max(picture.size)} pixels long: send at most {MOST_INPUT_SIDE}.")
     if min(picture.size) < 1:
         raise ImageError(f"{name} has no pixels.")
 

@@ -22,6 +22,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
+from errors import InputError
 from flux.device import attention_backend
 from flux.models import Flux, Models, PromptEmbeds
 from flux.plan import decoding_bytes, denoising_bytes, picture_bytes
@@ -30,6 +31,7 @@ from images import SIZES, Size, output_size
 log = logging.getLogger("flux-lora")
 
 MAX_SEQUENCE_LENGTH = {"dev": 512, "schnell": 256}  # T5 tokens
+MOST_PROMPT = 50_000  # characters; the tokenizers read all of a prompt before they cut it, at 0.2 KB each
 LATENT_CHANNELS, PIXELS_PER_LATENT = 16, 8
 WARM_UP_SIZE = (528, 304)  # 627 tokens: a count that equals the text's would be compiled for equal counts
 SCHEDULES = 32  # that are kept: picture sizes, counts of steps, models
@@ -60,9 +62,12 @@ def encode_prompt(flux: Flux, prompt: str, weights: Hashable = ()) -> PromptEmbe
     of the text encoders that made it (any value that tells them apart).
 
     T5 reads the first 512 tokens (schnell: 256), CLIP the first 77; what is beyond T5's is said in the log.
+    Raises `InputError`.
     """
     if (prompt, weights) in flux.embeddings:
         return flux.embeddings[prompt, weights]
+    if len(prompt) > MOST_PROMPT:
+        raise InputError(f"prompt has {len(prompt)} characters: send at most {MOST_PROMPT}.")
     length = MAX_SEQUENCE_LENGTH[flux.name]
     clip_ids = _token_ids(flux.tokenizer, prompt, flux.tokenizer.model_max_length)
     t5_ids = _token_ids(flux.tokenizer_2, prompt, length)

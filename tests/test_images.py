@@ -88,6 +88,23 @@ def test_a_pixel_bomb_is_refused_before_it_is_decoded(fetched: FetchedFile, side
         read_picture(fetched(png(side, side, 1, 0)), "image")
 
 
+@pytest.mark.parametrize(("width", "height"), [(1, 70_000), (70_000, 1), (1, 88_000_000)])
+def test_what_is_longer_than_any_picture_is_refused(fetched: FetchedFile, width: int, height: int) -> None:
+    with pytest.raises(ImageError, match=r"^image is \d+ pixels long: send at most 65535\.$"):
+        read_picture(fetched(png(width, height, 1, 0)), "image")
+
+
+def test_a_huge_jpeg_is_decoded_no_larger_than_needed_and_an_ordinary_one_whole(fetched: FetchedFile) -> None:
+    huge = Image.new("RGB", (8000, 6000), "navy")
+    huge.paste("gold", (0, 0, 4000, 3000))
+    read = read_picture(fetched(encoded(huge, "JPEG")), "image")
+    assert read.size == (4000, 3000)
+    assert input_size(read) == input_size(huge)
+    assert read.getpixel((1990, 1490))[0] > 200
+    assert read.getpixel((2010, 1510))[0] < 50
+    assert read_picture(fetched(encoded(huge.resize((5000, 4000)), "JPEG")), "image").size == (5000, 4000)
+
+
 @pytest.mark.parametrize("path", ["/etc/passwd", "file:///etc/passwd", Path("/etc/passwd"), Path("/usr/share/x.png")])
 def test_paths_on_the_server_are_not_read(path: str | Path) -> None:
     with pytest.raises(ImageError, match=r"http\(s\) address or a data: URI"):

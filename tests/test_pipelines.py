@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from errors import InputError
 from flux import models as flux_models
 from flux.device import compute_dtype
 from flux.models import Flux, Precisions, load_flux
@@ -186,3 +187,9 @@ def test_a_prompt_too_long_is_said_in_the_log(models: dict[str, Precisions], cap
         assert not caplog.messages
         encode_prompt(models["schnell"].exact, "x" * 400)
     assert caplog.messages == ["the prompt has 402 tokens, of which schnell reads the first 256"]
+
+
+def test_a_prompt_of_megabytes_is_refused_before_it_is_read(models: dict[str, Precisions]) -> None:
+    with pytest.raises(InputError, match=r"^prompt has 8000000 characters: send at most 50000\.$"):
+        encode_prompt(models["schnell"].exact, "a " * 4_000_000)
+    encode_prompt(models["schnell"].exact, "a" * 50_000)
