@@ -23,6 +23,7 @@ from lora_loader import ActiveLora, LoraLoader, slowest_origin, trigger_words
 from phases import Phases
 from safety import BlockedError, SafetyError, load_screener
 from settings import read_settings
+from watchdog import Watchdog
 
 log = logging.getLogger("flux-lora")
 log.setLevel(logging.INFO)
@@ -74,6 +75,7 @@ class Predictor(BaseRunner):
         phases.report()
         self.demos = {name for name, folder in folders.items() if is_demo(folder)}
         self.output_folders = OutputFolders()
+        self.watchdog = Watchdog(self.settings.request_timeout, self.settings.input_timeout)
 
     def run(  # noqa: PLR0913, PLR0917 - the contract has 21 inputs
         self,
@@ -184,7 +186,7 @@ class Predictor(BaseRunner):
         ),
     ) -> list[Path]:
         """Draw the pictures of one request, one after another."""
-        with explained(*FORESEEN):
+        with self.watchdog.request(), explained(*FORESEEN):
             # JSON's 28.0 is an integer to the schema and a float to Python
             num_outputs, steps, quality = int(num_outputs), int(num_inference_steps), int(output_quality)
             seed = usable_seed(seed, num_outputs)

@@ -38,6 +38,7 @@ CHECKER_FILES = ("config.json", "preprocessor_config.json", "model.safetensors")
 SPECIAL_CARE = 0.01  # how much stricter the concept checker is with a picture that matches a special care concept
 SETUP_SECONDS = 300.0  # the first picture may compile kernels and page weights in
 TRUSTED_SECONDS = 10.0  # how long a checker that worked is believed to work still
+HEALTH_SECONDS = 2.0  # to begin with a picture, and as many to finish: Cog itself waits 5 s for a health check
 GREY = Image.new("RGB", (224, 224), (128, 128, 128))
 
 
@@ -96,7 +97,7 @@ class Screener:
         """Raise `SafetyError` if the checker has stopped working. It is asked only where that is in doubt."""
         self._check_stuck()
         if self._worker.busy_seconds == 0 and time.monotonic() - self._worked_at > TRUSTED_SECONDS:
-            self._score([GREY], self.seconds)
+            self._score([GREY], min(self.seconds, HEALTH_SECONDS))
 
     def _check_stuck(self) -> None:
         busy = self._worker.busy_seconds

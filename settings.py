@@ -64,6 +64,13 @@ def _positive(text: str) -> float:
     return number
 
 
+def _positive_or_off(text: str) -> float:
+    number = _number(text)
+    if not (math.isfinite(number) and number >= 0):
+        raise ValueError(f"must be a number above 0, or 0 for no limit, not {text!r}")
+    return number
+
+
 def _between(least: float, most: float) -> Callable[[str], float]:
     def parse(text: str) -> float:
         number = _number(text)
@@ -141,6 +148,9 @@ class Settings:
     safety_open_nsfw_limit: float = _variable("SAFETY_OPEN_NSFW_LIMIT", _between(0, 1), "0.8")
     safety_timeout: float = _variable("SAFETY_TIMEOUT", _positive, "30")  # seconds
     safety_check_inputs: bool = _variable("SAFETY_CHECK_INPUTS", _switch, "0")
+    # Seconds after which the watchdog ends the process; 0: never
+    request_timeout: float = _variable("REQUEST_TIMEOUT", _positive_or_off, "3600")  # one prediction
+    input_timeout: float = _variable("INPUT_TIMEOUT", _positive_or_off, "300")  # the time before it, and after
     hf_token: str | None = _variable("HF_TOKEN", _token, secret=True)
     civitai_api_token: str | None = _variable("CIVITAI_API_TOKEN", _token, secret=True)
     replicate_api_token: str | None = _variable("REPLICATE_API_TOKEN", _token, secret=True)

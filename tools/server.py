@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,7 +127,10 @@ def _wait_until_ready(url: str, process: "subprocess.Popen[str]") -> None:
 
 def wait_until_idle(url: str) -> None:
     """Wait until coglet takes a request: it runs one at a time, and is busy until a moment after it has answered."""
-    while requests.get(f"{url}/health-check", timeout=None).json()["status"] == "BUSY":
+    while True:
+        with suppress(requests.ReadTimeout):  # the worker is too busy to say that it is
+            if requests.get(f"{url}/health-check", timeout=30).json()["status"] != "BUSY":
+                return
         time.sleep(POLL_SECONDS)
 
 
