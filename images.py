@@ -202,10 +202,11 @@ class OutputFolders:
     """A temporary folder for each request. Cog's server reads the pictures after the request, so they stay a while."""
 
     def __init__(self) -> None:
+        self._base = tempfile.gettempdir()
         self._folders: deque[tempfile.TemporaryDirectory[str]] = deque()
 
     def fresh(self) -> Path:
-        self._folders.append(tempfile.TemporaryDirectory(prefix="flux-lora-"))
+        self._folders.append(tempfile.TemporaryDirectory(prefix="flux-lora-", dir=self._base))
         while len(self._folders) > KEPT_OUTPUT_FOLDERS:
             self._folders.popleft().cleanup()
         return Path(self._folders[-1].name)

@@ -18,6 +18,7 @@ from flux.pipelines import Job, decode, denoise, encode_picture, encode_prompt, 
 from flux.residency import DeviceMemoryError
 from hints import log_hints, reported_seed, request_hints, trigger_hint, usable_seed
 from images import Inputs, OutputFolders, Size, keep_unmasked, read_inputs, save_pictures
+from leftovers import Leftovers
 from lora.errors import LoraError
 from lora_loader import ActiveLora, LoraLoader, slowest_origin, trigger_words
 from phases import Phases
@@ -74,7 +75,7 @@ class Predictor(BaseRunner):
                 warm_up(self.models)
         phases.report()
         self.demos = {name for name, folder in folders.items() if is_demo(folder)}
-        self.output_folders = OutputFolders()
+        self.output_folders, self.leftovers = OutputFolders(), Leftovers()
         self.watchdog = Watchdog(self.settings.request_timeout, self.settings.input_timeout)
 
     def run(  # noqa: PLR0913, PLR0917 - the contract has 21 inputs
@@ -190,6 +191,7 @@ class Predictor(BaseRunner):
             # JSON's 28.0 is an integer to the schema and a float to Python
             num_outputs, steps, quality = int(num_outputs), int(num_inference_steps), int(output_quality)
             seed = usable_seed(seed, num_outputs)
+            self.leftovers.sweep()
             phases = Phases(partial(synchronize, self.device))
             residency_of(self.models).phases = phases
 
@@ -260,13 +262,11 @@ class Predictor(BaseRunner):
         return pictures
 
     def _screen_input(self, picture: Image.Image, phases: Phases) -> None:
-        with phases.time(INPUT_SAFETY):
-            shown = self.screener.allowed([picture])
-        if not shown:
+        if not self._screen([picture], phases, INPUT_SAFETY):
             raise BlockedError("The safety checker blocked the input image: send another one.")
 
-    def _screen(self, pictures: list[Image.Image], phases: Phases) -> list[Image.Image]:
-        with phases.time("safety"):
+    def _screen(self, pictures: list[Image.Image], phases: Phases, phase: str = "safety") -> list[Image.Image]:
+        with phases.time(phase):
             return residency_of(self.models).or_clear(lambda: self.screener.allowed(pictures))
 
     def _choose(self, model: str, size: Size, *, fast: bool, custom: bool) -> Flux:
