@@ -30,6 +30,8 @@ def to_srgb(picture: Image.Image, name: str) -> Image.Image:
         if mode == "RGB" and _is_srgb(profile):
             return picture
         colours, alpha = _without_transparency(picture)
+        if (mode, colours.mode) == ("RGB", "L"):  # grey that kept the profile of the colours it came from
+            colours = colours.convert("RGB")
         if colours.mode != mode:
             raise ValueError(f"it is for {mode} and the picture is {colours.mode}")
         converted = _transform(profile, mode).apply(colours)

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 import secrets
 from collections.abc import Iterator
 
@@ -67,8 +68,7 @@ def trigger_hint(words: list[str], prompt: str) -> str | None:
     """Which trigger words of the LoRAs the prompt has. It is never changed."""
     if not words:
         return None
-    lower = prompt.lower()
-    found = [word for word in words if word.lower() in lower]
+    found = [word for word in words if re.search(rf"(?<!\w){re.escape(word)}(?!\w)", prompt, re.IGNORECASE)]
     which = "none of them is in the prompt" if not found else f"in the prompt: {', '.join(found)}"
     return f"trigger words: {', '.join(words)}; {which}"
 

@@ -166,7 +166,7 @@ def _closed(version: Json) -> str | None:
         if until and datetime.fromisoformat(until).timestamp() < time.time():
             return None
     except ValueError:
-        return None
+        until = ""
     return "is in early access, for those who bought it" + (f", until {until[:10]}" if until else "")
 
 

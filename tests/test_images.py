@@ -286,6 +286,11 @@ def test_grey_with_a_gamma_and_ink_with_a_profile_are_converted_to_srgb(fetched:
     grey = Image.linear_gradient("L")
     read = np.asarray(read_picture(fetched(encoded(grey, "PNG", icc_profile=mac)), "image"))
     assert np.abs(read - from_linear((np.asarray(grey)[..., None] / 255) ** 1.8)).max() <= 1.5
+    wide = rgb_profile(DISPLAY_P3, 1.8)  # grey is the same in all of them
+    assert (
+        np.abs(read - np.asarray(read_picture(fetched(encoded(grey, "PNG", icc_profile=wide)), "image"), float)).max()
+        <= 2
+    )
     sixteen = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
     assert np.array_equal(read_picture(fetched(encoded(sixteen, "PNG", icc_profile=mac)), "image"), read)
     cyan = Image.new("CMYK", (32, 32), (255, 0, 0, 0))

@@ -169,7 +169,7 @@ def test_the_log_says_which_trigger_words_the_prompt_has(
         return raw_data_url(content, "application/octet-stream")
 
     loras = {"replicate_weights": with_word(style, "TOK, my cat"), "extra_lora": with_word(subject, "TOK")}
-    answer = server(**small, **loras)
+    answer = server(**{**small, "prompt": "Tokyo, mycats"}, **loras)
     assert "trigger words: TOK, my cat; none of them is in the prompt\n" in answer["logs"]
     assert answer["metrics"]["lora_trigger_words"] == "TOK, my cat"
     answer = server(**{**small, "prompt": "My Cat"}, **loras, lora_scale=0)
