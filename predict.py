@@ -16,15 +16,14 @@ from flux.device import check_device, choose_device, compiles, compute_dtype, me
 from flux.models import FP8, Flux, cache_blocks, compile_blocks, fill_device, fits, load_flux, residency_of
 from flux.pipelines import Job, decode, denoise, encode_picture, encode_prompt, steps_to_run, warm_up
 from flux.residency import DeviceMemoryError
+from guards import Guards
 from hints import log_hints, reported_seed, request_hints, trigger_hint, usable_seed
 from images import Inputs, OutputFolders, Size, keep_unmasked, read_inputs, save_pictures
-from leftovers import Leftovers
 from lora.errors import LoraError
 from lora_loader import ActiveLora, LoraLoader, slowest_origin, trigger_words
 from phases import Phases
 from safety import BlockedError, SafetyError, load_screener
 from settings import read_settings
-from watchdog import Watchdog
 
 log = logging.getLogger("flux-lora")
 log.setLevel(logging.INFO)
@@ -75,8 +74,8 @@ class Predictor(BaseRunner):
                 warm_up(self.models)
         phases.report()
         self.demos = {name for name, folder in folders.items() if is_demo(folder)}
-        self.output_folders, self.leftovers = OutputFolders(), Leftovers()
-        self.watchdog = Watchdog(self.settings.request_timeout, self.settings.input_timeout)
+        self.output_folders = OutputFolders()
+        self.guards = Guards(self.settings)
 
     def run(  # noqa: PLR0913, PLR0917 - the contract has 21 inputs
         self,
@@ -187,11 +186,10 @@ class Predictor(BaseRunner):
         ),
     ) -> list[Path]:
         """Draw the pictures of one request, one after another."""
-        with self.watchdog.request(), explained(*FORESEEN):
+        with self.guards.request(), explained(*FORESEEN):
             # JSON's 28.0 is an integer to the schema and a float to Python
             num_outputs, steps, quality = int(num_outputs), int(num_inference_steps), int(output_quality)
             seed = usable_seed(seed, num_outputs)
-            self.leftovers.sweep()
             phases = Phases(partial(synchronize, self.device))
             residency_of(self.models).phases = phases
 

@@ -148,6 +148,7 @@ class Settings:
     safety_open_nsfw_limit: float = _variable("SAFETY_OPEN_NSFW_LIMIT", _between(0, 1), "0.8")
     safety_timeout: float = _variable("SAFETY_TIMEOUT", _positive, "30")  # seconds
     safety_check_inputs: bool = _variable("SAFETY_CHECK_INPUTS", _switch, "0")
+    inputs_as_data_only: bool = _variable("INPUTS_AS_DATA_ONLY", _switch, "0")
     # Seconds after which the watchdog ends the process; 0: never
     request_timeout: float = _variable("REQUEST_TIMEOUT", _positive_or_off, "3600")  # one prediction
     input_timeout: float = _variable("INPUT_TIMEOUT", _positive_or_off, "300")  # the time before it, and after

@@ -9,14 +9,17 @@ import pytest
 from tools import ROOT
 
 PACKAGES = ("fetch", "lora", "flux")
-LEAVES = tuple(file.stem for file in ROOT.glob("*.py") if file.stem not in ("predict", "lora_loader", "safety"))
+LEAVES = tuple(
+    file.stem for file in ROOT.glob("*.py") if file.stem not in ("predict", "lora_loader", "safety", "guards")
+)
 MAY_IMPORT = {  # besides LEAVES; a package's name stands for all of its modules
     "fetch": ("fetch", "lora.errors", "lora.header", "lora.families", "lora.names"),
     "lora": ("lora",),
     "flux": ("flux",),
     "safety": ("flux.checkpoints",),
     "lora_loader": PACKAGES,
-    "predict": (*PACKAGES, "safety", "lora_loader"),
+    "guards": ("fetch.network",),
+    "predict": (*PACKAGES, "safety", "lora_loader", "guards"),
 }
 MODULES = {
     ".".join(file.relative_to(ROOT).with_suffix("").parts): file.read_text()

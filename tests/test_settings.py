@@ -67,6 +67,7 @@ def test_values_are_typed() -> None:
         ("SAFETY_CONCEPT_LIMIT", "strict"),
         ("SAFETY_TIMEOUT", "0"),
         ("SAFETY_CHECK_INPUTS", "2"),
+        ("INPUTS_AS_DATA_ONLY", "only"),
         ("REQUEST_TIMEOUT", "-1"),
         ("INPUT_TIMEOUT", "nan"),
         ("HF_TOKEN", "hf_a\nb"),
