@@ -8,9 +8,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
 from fetch.network import keep_proxies
-from leftovers import Leftovers
+from service.leftovers import Leftovers
+from service.watchdog import Watchdog
 from settings import Settings
-from watchdog import Watchdog
 
 REFUSAL = "This server takes image and mask only as data: URIs"
 PROXY_VARIABLES = ("http_proxy", "https_proxy", "all_proxy")

@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from colours import to_srgb
-from errors import InputError
 from masks import mask_levels, report_mask
+from service.errors import InputError
 
 log = logging.getLogger("flux-lora")
 

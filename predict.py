@@ -10,19 +10,19 @@ from cog import BaseRunner, Input, Path
 from PIL import Image
 from tqdm import tqdm
 
-from errors import InputError, explained
 from flux.checkpoints import find_checkpoints, is_demo
 from flux.device import check_device, choose_device, compiles, compute_dtype, memory_of, synchronize
 from flux.models import FP8, Flux, cache_blocks, compile_blocks, fill_device, fits, load_flux, residency_of
 from flux.pipelines import Job, decode, denoise, encode_picture, encode_prompt, steps_to_run, warm_up
 from flux.residency import DeviceMemoryError
 from guards import Guards
-from hints import log_hints, reported_seed, request_hints, trigger_hint, usable_seed
 from images import Inputs, OutputFolders, Size, keep_unmasked, read_inputs, save_pictures
 from lora.errors import LoraError
 from lora_loader import ActiveLora, LoraLoader, slowest_origin, trigger_words
 from phases import Phases
 from safety import BlockedError, SafetyError, load_screener
+from service.errors import InputError, explained
+from service.hints import log_hints, reported_seed, request_hints, trigger_hint, usable_seed
 from settings import read_settings
 
 log = logging.getLogger("flux-lora")
@@ -192,7 +192,6 @@ class Predictor(BaseRunner):
             seed = usable_seed(seed, num_outputs)
             phases = Phases(partial(synchronize, self.device))
             residency_of(self.models).phases = phases
-
             with phases.time("read"):
                 inputs = read_inputs(image, mask, aspect_ratio, megapixels, width, height)
             custom = aspect_ratio == "custom" and inputs.picture is None
@@ -212,9 +211,8 @@ class Predictor(BaseRunner):
             if inputs.picture is not None and to_run == 0:
                 pictures = [inputs.picture] * num_outputs
             else:
-                request = Request(
-                    prompt, inputs, steps, guidance_scale, prompt_strength, range(seed, seed + num_outputs)
-                )
+                seeds = range(seed, seed + num_outputs)
+                request = Request(prompt, inputs, steps, guidance_scale, prompt_strength, seeds)
                 pictures = flux.residency.or_clear(lambda: self._draw(flux, loras, request, phases))
             shown = pictures if disable_safety_checker else self._screen(pictures, phases)
             with phases.time("save"):
@@ -286,19 +284,17 @@ class Predictor(BaseRunner):
     def _record_metrics(
         self, seed: int, inputs: Inputs, flux: Flux, blocked: int, loras: Sequence[ActiveLora], phases: Phases
     ) -> None:
-        width, height = inputs.size
         metrics: dict[str, int | float | str] = {
             "seed": reported_seed(seed),
             "mode": inputs.mode,
             "precision": flux.precision,
-            "width": width,
-            "height": height,
+            "width": inputs.size[0],
+            "height": inputs.size[1],
             "lora_cache": slowest_origin(loras),
             "lora_trigger_words": ", ".join(trigger_words(loras)),
             "images_blocked": blocked,
         }
         seconds = {name: phases.seconds.get(name, 0.0) for name in METRIC_PHASES}
         seconds["safety"] += phases.seconds.get(INPUT_SAFETY, 0.0)
-        metrics |= {f"{name}_time": value for name, value in seconds.items()}
-        for name, value in metrics.items():
+        for name, value in (metrics | {f"{name}_time": value for name, value in seconds.items()}).items():
             self.record_metric(name, value)

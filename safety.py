@@ -22,8 +22,8 @@ from torch.nn.functional import normalize
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from flux.checkpoints import WEIGHTS, resolve_folder
+from service.threads import TimeLimitError, Worker
 from settings import Settings, SettingsError
-from threads import TimeLimitError, Worker
 
 log = logging.getLogger("flux-lora")
 

@@ -19,9 +19,9 @@ from fetch.hub import Address, Hub, Source
 from fetch.network import Client
 from fetch.remote import RemoteFile
 from fetch.trigger_words import of_card
-from hugging_face_errors import refusal, refusal_of
 from lora.errors import LoraError
 from lora.header import shown
+from service.hugging_face import refusal, refusal_of
 from settings import Settings
 
 NOT_OWNERS = ("api", "collections", "datasets", "docs", "models", "spaces")  # first parts of its other pages

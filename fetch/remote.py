@@ -11,8 +11,8 @@ import requests
 
 from fetch.errors import NotFoundError, UnavailableError
 from fetch.network import host_of
-from hugging_face_errors import GATED
 from lora.errors import LoraError
+from service.hugging_face import GATED
 
 DAY = 86_400  # seconds
 

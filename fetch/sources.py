@@ -33,8 +33,8 @@ from fetch.remote import Downloaded, RemoteFile
 from fetch.web import DataUri, LocalFile, WebFile
 from lora.errors import LoraError
 from lora.header import CONFIG_FILE
+from service.threads import TimeLimitError, call_on_new_thread
 from settings import MB, Settings
-from threads import TimeLimitError, call_on_new_thread
 
 log = logging.getLogger("flux-lora")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from hugging_face_errors import refusal
+from service.hugging_face import refusal
 from settings import Settings, SettingsError
 
 log = logging.getLogger("flux-lora")

@@ -22,11 +22,11 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
-from errors import InputError
 from flux.device import attention_backend
 from flux.models import Flux, Models, PromptEmbeds
 from flux.plan import decoding_bytes, denoising_bytes, picture_bytes
 from images import SIZES, Size, output_size
+from service.errors import InputError
 
 log = logging.getLogger("flux-lora")
 

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from errors import InputError, UnforeseenError, explained
+from service.errors import InputError, UnforeseenError, explained
 
 
 def fail(error: Exception) -> None:

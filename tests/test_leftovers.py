@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from leftovers import PREFIX, Leftovers
+from service.leftovers import PREFIX, Leftovers
 
 
 @pytest.fixture

@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from errors import InputError
 from flux import models as flux_models
 from flux.device import compute_dtype
 from flux.models import Flux, Precisions, load_flux
 from flux.pipelines import Job, decode, denoise, encode_picture, encode_prompt, steps_to_run
+from service.errors import InputError
 from tests.conftest import SHARED_PARTS
 from tests.oracle import diffusers_picture, load_oracle
 from tools.random_flux import FluxSize, write_random_flux

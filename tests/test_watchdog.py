@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import requests
 
+from service.watchdog import BEGUN, ENDED, Guard
 from tools.server import CogServer, cog_server
-from watchdog import BEGUN, ENDED, Guard
 
 SECONDS = 60.0  # more than a loaded machine needs
 

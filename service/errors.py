@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from threads import TimeLimitError, Worker
+from service.threads import TimeLimitError, Worker
 
 log = logging.getLogger("flux-lora")
 

@@ -6,7 +6,7 @@ import re
 import secrets
 from collections.abc import Iterator
 
-from errors import InputError
+from service.errors import InputError
 
 log = logging.getLogger("flux-lora")
 
