@@ -16,11 +16,11 @@ SPACES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # a profile's colour space
 TRANSPARENT = {"LA": "L", "PA": "RGB", "La": "L", "RGBA": "RGB", "RGBa": "RGB"}  # -> the mode without transparency
 
 
-def to_srgb(picture: Image.Image, name: str) -> Image.Image:
+def to_srgb(picture: Image.Image) -> Image.Image:
     """The picture with the colours that its profile describes, in sRGB, 8 bits a channel; transparency is kept.
 
     A picture without a profile, or whose profile is sRGB's, is returned as it is. A damaged profile, or one for another
-    kind of pixels, is ignored with a line in the log. `name` is the input's, for that line.
+    kind of pixels, is ignored with a line in the log.
     """
     profile = picture.info.get("icc_profile")
     if not profile:
@@ -36,9 +36,9 @@ def to_srgb(picture: Image.Image, name: str) -> Image.Image:
             raise ValueError(f"it is for {mode} and the picture is {colours.mode}")
         converted = _transform(profile, mode).apply(colours)
     except (ImageCms.PyCMSError, OSError, ValueError, KeyError, TypeError) as error:
-        log.warning("%s: its colour profile cannot be used and is ignored (%s)", name, error)
+        log.warning("image: its colour profile cannot be used and is ignored (%s)", error)
         return picture
-    log.info("%s: its colours are converted from its colour profile to sRGB", name)
+    log.info("image: its colours are converted from its colour profile to sRGB")
     if alpha is not None:
         converted.putalpha(alpha)
     return converted

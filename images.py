@@ -6,7 +6,7 @@ import re
 import tempfile
 import warnings
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -88,15 +88,14 @@ def read_inputs(
         log.warning('width and height are ignored: they are for aspect_ratio "custom" without an image')
     if image is None:
         return Inputs(output_size(aspect_ratio, megapixels, width, height))
-    picture, turned = _read(image, "image")
-    picture = _opaque_rgb(picture)
+    picture, turned = _read(image, "image", _srgb)
     size = input_size(picture)
     resized = picture.resize(size, RESAMPLING)
     if mask is None:
         return Inputs(size, resized)
-    drawing, mask_turned = _read(mask, "mask")
-    _compare(picture, turned, drawing, mask_turned)
-    return Inputs(size, resized, _cut(drawing, size))
+    levels, mask_turned = _read(mask, "mask", mask_levels)
+    _compare(picture, turned, levels, mask_turned)
+    return Inputs(size, resized, _cut(levels, size))
 
 
 def _given(file: Path | str | None) -> Path | str | None:
@@ -143,14 +142,12 @@ def read_picture(file: Path | str, name: str) -> Image.Image:
 
     Raises `ImageError` for anything but a whole picture of a sane size that Cog itself fetched.
     """
-    return _opaque_rgb(_read(file, name)[0])
+    return _read(file, name, _srgb)[0]
 
 
-def _read(file: Path | str, name: str) -> tuple[Image.Image, int]:
-    """The upright picture in 8 bits, transparency included, and the orientation of its EXIF data (1: it was upright).
-
-    An image comes in sRGB. A mask's colours are levels, which no profile changes. Raises `ImageError`.
-    """
+def _read(file: Path | str, name: str, convert: Callable[[Image.Image], Image.Image]) -> tuple[Image.Image, int]:
+    """What `convert` makes of the upright picture in 8 bits, transparency included, and the orientation of its EXIF
+    data (1: it was upright). Raises `ImageError`."""
     path = _fetched_by_cog(file, name)
     try:
         with warnings.catch_warnings():
@@ -161,8 +158,7 @@ def _read(file: Path | str, name: str) -> tuple[Image.Image, int]:
                     picture.draft(None, (2 * LONGEST_INPUT_SIDE, 2 * LONGEST_INPUT_SIDE))
                 picture.load()  # the first frame, where there are several
                 _check_kind(picture, name)
-                upright = _eight_bits(_upright(picture))
-                return (to_srgb(upright, name) if name == "image" else upright), _orientation(picture)
+                return convert(_eight_bits(_upright(picture))), _orientation(picture)
     except ImageError:
         raise
     except Image.DecompressionBombError:
@@ -174,11 +170,11 @@ def _read(file: Path | str, name: str) -> tuple[Image.Image, int]:
 
 def read_mask(file: Path | str, size: Size) -> Image.Image:
     """Read a mask as 8-bit grey ("L") of the given size: 255 where it is repainted (128 and up), else 0."""
-    return _cut(_read(file, "mask")[0], size)
+    return _cut(_read(file, "mask", mask_levels)[0], size)
 
 
-def _cut(mask: Image.Image, size: Size) -> Image.Image:
-    grey = mask_levels(mask).resize(size, RESAMPLING)
+def _cut(levels: Image.Image, size: Size) -> Image.Image:
+    grey = levels.resize(size, RESAMPLING)
     cut = grey.point([0] * 128 + [255] * 128)
     report_mask(cut)
     return cut
@@ -250,9 +246,10 @@ def _upright(picture: Image.Image) -> Image.Image:
 
 def _orientation(picture: Image.Image) -> int:
     try:
-        return max(1, int(picture.getexif().get(ORIENTATION, 1)))
+        orientation = int(picture.getexif().get(ORIENTATION, 1))
     except Exception:  # noqa: BLE001 - hostile bytes, as above
         return 1
+    return orientation if orientation in range(1, 9) else 1
 
 
 def _check_kind(picture: Image.Image, name: str) -> None:
@@ -270,9 +267,13 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
     return eight
 
 
-def _opaque_rgb(picture: Image.Image) -> Image.Image:
-    """Laid on white where it is transparent. Nothing else that the file held (a profile, EXIF data, a comment) goes
-    with the pixels, since Pillow would write it into the output."""
+def _srgb(picture: Image.Image) -> Image.Image:
+    """In sRGB, and laid on white where it is transparent.
+
+    Nothing else that the file held (a profile, EXIF data, a comment) goes with the pixels: Pillow would write it into
+    the output.
+    """
+    picture = to_srgb(picture)
     if picture.has_transparency_data:
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture.convert("RGBA"))

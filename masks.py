@@ -7,6 +7,7 @@ from PIL import Image
 
 log = logging.getLogger("flux-lora")
 
+SAMPLE = (1024, 1024)  # pixels are enough to tell one kind of mask from another
 HALF = 128  # of 256: from here on a level counts as white, or as painted
 ONE_COLOUR = 32  # levels by which the painted pixels may differ and still be one colour
 GREY = 32  # levels by which the channels of a pixel may differ and still be grey
@@ -28,9 +29,11 @@ def mask_levels(mask: Image.Image) -> Image.Image:
     alpha = pixels.getchannel("A")
     if alpha.getextrema()[0] == 255:
         return pixels.convert("L")
-    opaque = np.asarray(alpha) >= HALF
-    painted = np.asarray(pixels)[opaque][:, :3].astype(np.int16)  # [pixels, 3]
-    dark = (np.asarray(pixels.convert("L"))[opaque] < HALF).all()
+    sample = pixels.copy()
+    sample.thumbnail(SAMPLE, Image.Resampling.NEAREST)
+    opaque = np.asarray(sample.getchannel("A")) >= HALF
+    painted = np.asarray(sample)[opaque][:, :3].astype(np.int16)  # [pixels, 3]
+    dark = (np.asarray(sample.convert("L"))[opaque] < HALF).all()
     if dark or np.ptp(painted, axis=0).max() <= ONE_COLOUR:
         log.info("mask: it is drawn on transparency: what is painted is repainted, what is transparent is kept")
         return alpha

@@ -82,6 +82,12 @@ def test_what_is_no_whole_picture_is_one_sentence(fetched: FetchedFile, content:
     assert str(caught.value).startswith("image is not a picture that can be read: send a whole PNG, ")
 
 
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_a_mask_that_is_no_whole_picture_is_one_sentence(fetched: FetchedFile, name: str) -> None:
+    with pytest.raises(ImageError, match=r"^mask is not a picture that can be read"):
+        read_mask(fetched(UNREADABLE[name]), (16, 16))
+
+
 @pytest.mark.parametrize("side", [9_500, 30_000, 2**31 - 1])
 def test_a_pixel_bomb_is_refused_before_it_is_decoded(fetched: FetchedFile, side: int) -> None:
     with pytest.raises(ImageError, match="too many pixels: send at most 89 megapixels"):
