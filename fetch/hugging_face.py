@@ -121,7 +121,7 @@ def _model_info(source: HuggingFaceRepo, settings: Settings, client: Client) -> 
         except (HTTPError, OSError):
             raise UnavailableError(f"{source.label}: Hugging Face cannot be reached.", retry_after=0) from None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise LoraError(f"{source.label}: Hugging Face's answer is not understood.") from None
+            raise UnavailableError(f"{source.label}: Hugging Face's answer is not understood.", retry_after=0) from None
 
 
 def _check_answer(response: requests.Response, source: HuggingFaceRepo, token: str | None) -> None:

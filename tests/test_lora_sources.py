@@ -536,6 +536,18 @@ def test_a_hub_that_does_not_finish_its_answer_leads_to_the_cached_copy(
         assert fetch("civitai.com/models/8", limits).origin == "download"  # the second try
 
 
+@pytest.mark.parametrize("how", ["stalls", "breaks", "breaks its chunks"])
+def test_hugging_face_that_breaks_off_leads_to_the_cached_copy(
+    web: Web, fetch: Callable[..., FetchedLora], how: str
+) -> None:
+    reference = hubs(web)["hugging face"]
+    fetch(reference)
+    web.broken_pages = how
+    assert fetch(reference).origin == "disk"
+    with pytest.raises(LoraError, match=r"^huggingface\.co/acme/new: Hugging Face cannot be reached\.$"):
+        fetch("huggingface.co/acme/new")
+
+
 def test_a_hash_that_differs_is_refused(web: Web, fetch: Callable[..., FetchedLora]) -> None:
     reference = hubs(web)["civitai"]
     web.files["/api/download/models/71"] = lora_file(5)

@@ -166,7 +166,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(401, b'{"error":"Unauthorized"}', gated)
         elif path in web.redirects:
             self._answer(302, b"", {"Location": web.redirects[path]})
-        elif path.startswith("/api/v1/") and web.broken_pages and web.broken_times:
+        elif path.startswith("/api/") and web.broken_pages and web.broken_times:
             web.broken_times -= 1
             self._broken_page(web.broken_pages)
         elif path in web.pages:
