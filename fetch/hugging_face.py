@@ -118,10 +118,10 @@ def _model_info(source: HuggingFaceRepo, settings: Settings, client: Client) -> 
         _check_answer(response, source, source.token or settings.hf_token)
         try:
             return _read_info(response.raw.read(MOST_JSON))
-        except (HTTPError, OSError):
+        except (HTTPError, OSError, json.JSONDecodeError):  # the last of an answer that broke off
             raise UnavailableError(f"{source.label}: Hugging Face cannot be reached.", retry_after=0) from None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise UnavailableError(f"{source.label}: Hugging Face's answer is not understood.", retry_after=0) from None
+            raise LoraError(f"{source.label}: Hugging Face's answer is not understood.") from None
 
 
 def _check_answer(response: requests.Response, source: HuggingFaceRepo, token: str | None) -> None:

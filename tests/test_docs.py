@@ -153,7 +153,7 @@ def test_the_metrics_are_those_of_a_response(server: Server, small: dict[str, An
 
 @pytest.mark.parametrize(("page", "heading"), [("loras.md", "Ten common errors"), ("configuration.md", "Errors")])
 def test_the_errors_are_those_of_the_code(page: str, heading: str) -> None:
-    sources = python_strings("*.py", "fetch/*.py", "flux/*.py", "lora/*.py")
+    sources = python_strings("*.py", "fetch/*.py", "flux/*.py", "lora/*.py", "service/*.py")
     sentences = [
         child.content
         for row in table_rows(DOCS / page, heading)
