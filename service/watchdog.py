@@ -106,8 +106,11 @@ def main(server: int, worker: int, port: int, request_seconds: float, input_seco
         if time.monotonic() >= next_look:
             guard.see(_status(port), time.monotonic())
             next_look = time.monotonic() + pause
-        if complaint := guard.complaint(time.monotonic()):
+        complaint = guard.complaint(time.monotonic())
+        if complaint:
             _log(server, f"{complaint}: the worker is ended")
+        if complaint or _gone(server, 0):
+            time.sleep(GRACE_SECONDS if not complaint else 0)  # a worker that is well ends with its server
             with suppress(OSError):
                 os.kill(worker, signal.SIGKILL)
     _end(server)
@@ -126,13 +129,14 @@ def _end(server: int) -> None:
 def _gone(process: int, seconds: float) -> bool:
     """Whether the process ends within that time."""
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
+    while True:
         try:
             os.kill(process, 0)
         except OSError:
             return True
+        if time.monotonic() >= deadline:
+            return False
         time.sleep(0.05)
-    return False
 
 
 def _status(port: int) -> str | None:
