@@ -17,7 +17,7 @@ from PIL import Image
 
 from flux.checkpoints import SHARED_PARTS
 from tools.random_flux import FluxSize, write_random_flux
-from tools.server import cog_server, wait_until_idle
+from tools.server import cog_server, predict
 
 
 @pytest.fixture(scope="session")
@@ -40,8 +40,7 @@ class Server:
     log: list[str] = field(default_factory=list)  # the lines that the predictor has logged
 
     def __call__(self, **inputs: Any) -> Any:
-        wait_until_idle(self.url)
-        return self.post({"input": inputs}).json()
+        return predict(self.url, inputs)
 
     def post(self, body: Any) -> requests.Response:
         return requests.post(f"{self.url}/predictions", json=body, timeout=None)  # pytest's own limit ends it

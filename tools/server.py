@@ -34,19 +34,24 @@ class CogServer:
     process: "subprocess.Popen[str]"
 
     def predict(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Make a prediction, however long it takes. Returns coglet's whole answer. Raises `ServerError` when that is
-        no JSON."""
-        while True:
-            wait_until_idle(self.url)
-            response = requests.post(f"{self.url}/predictions", json={"input": inputs}, timeout=None)
-            if response.status_code != CONFLICT:  # coglet is busy until a few milliseconds after an answer
-                break
-            time.sleep(POLL_SECONDS)
-        try:
-            answer: dict[str, Any] = response.json()
-        except ValueError:
-            raise ServerError(f"Cog's server answers {response.status_code}: {response.text[:200]}") from None
-        return answer
+        """Make a prediction: `predict` on this server."""
+        return predict(self.url, inputs)
+
+
+def predict(url: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Make a prediction on the server at `url`, however long it takes. Returns coglet's whole answer. Raises
+    `ServerError` when that is no JSON."""
+    while True:
+        wait_until_idle(url)
+        response = requests.post(f"{url}/predictions", json={"input": dict(inputs)}, timeout=None)
+        if response.status_code != CONFLICT:  # coglet is busy until a few milliseconds after an answer
+            break
+        time.sleep(POLL_SECONDS)
+    try:
+        answer: dict[str, Any] = response.json()
+    except ValueError:
+        raise ServerError(f"Cog's server answers {response.status_code}: {response.text[:200]}") from None
+    return answer
 
 
 @contextmanager
