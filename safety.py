@@ -132,8 +132,7 @@ def load_screener(settings: Settings, device: torch.device) -> Screener:
     Unset, it is the two-stage one where its weights are at hand, and open-nsfw, whose weights are installed with it,
     elsewhere. Raises `SettingsError` when what was named cannot be loaded, `SafetyError` when it does not work.
     """
-    loaders = {"two-stage": _load_two_stage, "vit": _load_vit, "open-nsfw": _load_open_nsfw}
-    checker = loaders[settings.safety_model or _at_hand(settings)](settings, device)
+    checker = CHECKERS[settings.safety_model or _at_hand(settings)](settings, device)
     log.info("safety checker: %s, blocks above %s", checker.name, dict(checker.limits))
     screener = Screener(checker, settings.safety_timeout)
     screener.check_setup()
@@ -264,3 +263,11 @@ def _open_nsfw_session() -> tuple[Any, Callable[[Image.Image], Any]]:
 
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".partition("\n")[0].rstrip(".: ")
+
+
+# By the names of `settings.SAFETY_MODELS`.
+CHECKERS: dict[str, Callable[[Settings, torch.device], Checker]] = {
+    "two-stage": _load_two_stage,
+    "vit": _load_vit,
+    "open-nsfw": _load_open_nsfw,
+}
