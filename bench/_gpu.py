@@ -25,8 +25,7 @@ from flux.transfer import Ring
 from settings import GB
 
 SIZES = {"1 MP": (1024, 1024), "0.25 MP": (512, 512)}
-STEPS, SWAPS, CANCELS, ROUNDS = 4, 20, 20, 3
-ROWS = (2, 17, 4481, 4608)  # of the fp8 products
+STEPS, SWAPS, CANCELS, ROUNDS, ROWS = 4, 20, 20, 3, (2, 17, 4481, 4608)  # rows of the fp8 products
 
 
 @dataclass(frozen=True)
