@@ -114,7 +114,7 @@ requests = st.tuples(
 
 
 @pytest.mark.parametrize("room", ROOMS)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(requests=st.lists(requests, min_size=2, max_size=6))
 def test_weights_are_those_of_a_fresh_process_on_every_device(
     devices: dict[str, Any],
@@ -165,7 +165,7 @@ def test_fp8_weights_from_host_memory_that_broke_off_are_known_to_have(
     flux.residency.change(flux.transformer, lora)
     expected = contents(flux.transformer)
     flux.residency.live(flux.transformer).pristine.copies.clear()
-    for line in range(1, 80):
+    for line in range(1, 80, 3):
         with pytest.raises(CancelledError), interrupted_at(line, [live], ("_restore_from_host", "_restore")):
             flux.residency.change(flux.transformer, {})
         flux.residency.change(flux.transformer, lora)

@@ -106,7 +106,7 @@ sets = st.lists(
 events = st.lists(st.tuples(sets, st.none() | st.integers(1, 4000)), min_size=1, max_size=8)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(events=events)
 def test_weights_depend_on_nothing_that_was_before(
     flux: Flux, pristine: Pristine, loras: dict[str, Any], fresh: Callable[[Set], dict[str, Tensor]], events: Any
@@ -149,7 +149,7 @@ def test_a_merge_that_broke_off_is_known_to_have(flux: Flux, pristine: Pristine,
     for before, after in itertools.permutations(states, 2):
         live.apply(before)
         expected = weights(flux.transformer)
-        for line in range(1, 60):
+        for line in range(1, 60, 3):
             with pytest.raises(CancelledError), interrupted_at(line, [live_module], ("apply", "_change", "_restore")):
                 live.apply(after)
             live.apply(before)
