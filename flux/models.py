@@ -114,6 +114,7 @@ def load_flux(
     transformers.utils.logging.disable_progress_bar()
     residency = Residency(device, memory)
     models: dict[str, Precisions] = {}
+    weight_only = not has_fp8_units(device)
     first_folder = next(iter(folders.values()))
     first: dict[str, Any] = {}
     for name, folder in folders.items():
@@ -129,7 +130,7 @@ def load_flux(
         first = first or parts
         parts["scheduler"] = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
         parts["transformer"] = _load_part(residency, name, folder / "transformer", dtype)
-        models[name] = with_twin(residency, name, parts, weight_only=not has_fp8_units(device))
+        models[name] = with_twin(residency, name, parts, weight_only=weight_only)
     return models
 
 

@@ -194,13 +194,16 @@ class Residency:
     def _make_room_for_copies(self, name: str, idle_since: int = 0) -> bool:
         """Whether there is room for copies of what the part's changes overwrite. Another model's part that was last
         used before that count of uses leaves for them."""
-        wanted = self._parts[name].live.bytes_to_keep()
-        if self.memory is None or not wanted or self._parts[name].blocks:
+        if self.memory is None or self._parts[name].blocks:
             return False
-        free = self.memory.device - self._room - sum(self.sizes[one] for one in {*self.resident, *self._copies(), name})
+        wanted = self._parts[name].live.bytes_to_keep()
+        if not wanted:
+            return False
+        sizes, copies = self.sizes, self._copies()
+        free = self.memory.device - self._room - sum(sizes[one] for one in {*self.resident, *copies, name})
         parts = {one: self._parts[one] for one in self.resident if one != name}
         idle = [one for one, part in parts.items() if part.used < idle_since and not part.shared]
-        evict = plan_room(self.sizes, free, idle, wanted)
+        evict = plan_room(sizes, free, idle, wanted)
         for one in evict or []:
             self._evict(one)
         return evict is not None

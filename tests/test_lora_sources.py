@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,10 @@ from safetensors import safe_open
 from fetch import references
 from fetch.civitai import CivitaiModel
 from fetch.files import choose_file
-from fetch.hub import Address, Hub, Source
+from fetch.hub import Source
 from fetch.hugging_face import HuggingFaceRepo
 from fetch.limits import FetchLimits
-from fetch.network import Client
 from fetch.references import parse_reference
-from fetch.remote import RemoteFile
 from fetch.replicate import ReplicateModel
 from fetch.sources import FetchedLora, fetch_lora, fetch_weights
 from fetch.web import DataUri, FolderFile, WebFile
@@ -43,6 +41,7 @@ from lora.about import describe
 from lora.errors import LoraError
 from lora.header import read_header
 from settings import Settings, read_settings
+from tests.shelf import shelf_hub
 from tests.web import COMMIT, Fault, Web, lora_file, serve, tar_file, trained
 from tools.cog_schema import ROOT
 
@@ -560,27 +559,7 @@ def test_a_hash_that_differs_is_refused(web: Web, fetch: Callable[..., FetchedLo
 def test_another_hub_is_one_module(web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its source and its `Hub`, in the list of hubs, are all that it takes."""
 
-    @dataclass(frozen=True)
-    class Shelf(Source):
-        name: str
-
-        @property
-        def label(self) -> str:
-            return f"shelf.test/{self.name}"
-
-        immutable = True
-
-        def endpoint(self, settings: Settings) -> str:
-            return web.url
-
-        def resolve(self, settings: Settings, client: Client) -> RemoteFile:
-            return RemoteFile(self.label, f"{web.url}/api/{self.name}.safetensors")
-
-    def parse(address: Address) -> Shelf | None:
-        return Shelf(address.parts[0]) if len(address.parts) == 1 else None
-
-    hub = Hub(hosts=("shelf.test",), accepted="shelf.test/<name>", parse=parse)
-    monkeypatch.setattr(references, "HUBS", (*references.HUBS, hub))
+    monkeypatch.setattr(references, "HUBS", (*references.HUBS, shelf_hub(web.url)))
     web.files["/api/pixar.safetensors"] = LORA
     public_only = settings(web, tmp_path, LORA_ALLOW_PRIVATE_HOSTS="0")
     fetched = fetch_lora("https://www.shelf.test/pixar", public_only, FAST)

@@ -3,7 +3,6 @@ and one request goes through all three."""
 
 import inspect
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +15,10 @@ import predict
 import safety
 import settings as settings_module
 from fetch import references
-from fetch.hub import Address, Hub, Source
-from fetch.network import Client
-from fetch.remote import RemoteFile
 from lora import names
 from safety import BlockedError, Checker, Scores
 from settings import Settings
+from tests.shelf import shelf_hub
 from tests.web import Web, serve
 
 CPU = torch.device("cpu")
@@ -45,26 +42,7 @@ def test_a_dialect_a_hub_and_a_checker_have_one_place_each(
     )
     monkeypatch.setattr(names, "DIALECTS", (*names.DIALECTS, acme))
 
-    @dataclass(frozen=True)
-    class Shelf(Source):
-        name: str
-        immutable = True
-
-        @property
-        def label(self) -> str:
-            return f"shelf.test/{self.name}"
-
-        def endpoint(self, settings: Settings) -> str:
-            return web.url
-
-        def resolve(self, settings: Settings, client: Client) -> RemoteFile:
-            return RemoteFile(self.label, f"{web.url}/api/{self.name}.safetensors")
-
-    def parse(address: Address) -> Shelf | None:
-        return Shelf(address.parts[0]) if len(address.parts) == 1 else None
-
-    hub = Hub(hosts=("shelf.test",), accepted="shelf.test/<name>", parse=parse)
-    monkeypatch.setattr(references, "HUBS", (*references.HUBS, hub))
+    monkeypatch.setattr(references, "HUBS", (*references.HUBS, shelf_hub(web.url)))
 
     def load_brightness(settings: Settings, device: torch.device) -> Checker:
         def score(pictures: Sequence[Image.Image]) -> Scores:
