@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -60,18 +61,22 @@ def cog_server(
     on_log: Callable[[str], None] = lambda line: None,
     host: str = "127.0.0.1",
     port: int | None = None,
+    project: Path = ROOT,
+    python: Path = Path(sys.executable),
 ) -> Iterator[CogServer]:
     """Serve `predict.py:Predictor`, on a free port if none is named; the body runs when the server is ready.
 
     `environment` is added to this process's own. `on_log` is called, on another thread, with every line that the
-    predictor logs, and with coglet's own warnings. Raises `ServerError` when `setup()` fails.
+    predictor logs, and with coglet's own warnings. `project` is the folder with predict.py and `python` has what that
+    needs. The server ends with the thread that calls this. Raises `ServerError` when `setup()` fails.
     """
-    write_schema()
+    if project == ROOT:
+        write_schema()
     port = port or _free_port()
     process = subprocess.Popen(
-        [sys.executable, "-m", "cog.server.http", "--host", host],
-        cwd=ROOT,
-        env={**os.environ, **_server_environment(port), **(environment or {})},
+        [*_ended_with_us(), str(python), "-m", "cog.server.http", "--host", host],
+        cwd=project,
+        env={**os.environ, **_server_environment(port, python), **(environment or {})},
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
@@ -95,12 +100,18 @@ def cog_server(
             process.stderr.close()
 
 
-def _server_environment(port: int) -> dict[str, str]:
+def _ended_with_us() -> list[str]:
+    """A command that has the kernel end what it runs when we end, however we do; Linux alone has it."""
+    setpriv = shutil.which("setpriv")
+    return [setpriv, "--pdeathsig", "KILL", "--"] if setpriv else []
+
+
+def _server_environment(port: int, python: Path) -> dict[str, str]:
     """The variables that coglet reads. It starts its worker as the first `python` in PATH, which has to be this one."""
     return {
         "COG_PREDICT_TYPE_STUB": "predict.py:Predictor",
         "PORT": str(port),
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}",
         "TRANSFORMERS_VERBOSITY": os.environ.get("TRANSFORMERS_VERBOSITY", "error"),
     }
 

@@ -1,0 +1,1 @@
+"""More than one GPU behind Cog's HTTP interface, on Ray Serve: one Cog server a GPU, and a front with a queue."""

@@ -1,0 +1,138 @@
+"""One GPU and one Cog server on it. Ray keeps as many of these as the fleet has workers, and replaces those that end."""
+
+import asyncio
+import json
+import os
+import re
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import aiohttp
+from ray import serve
+
+from fleet.metrics import WorkerMetrics
+from tools import ROOT
+from tools.server import cog_server
+
+
+CONFLICT = 409  # coglet is busy until some milliseconds after its last answer
+RETRY_SECONDS = 0.002
+MOST_CONFLICT_SECONDS = 60.0  # a server that is busy without a prediction for so long stands still
+HEALTH_SECONDS = 5.0
+GOOD = ("READY", "BUSY")
+SERVER_PYTHON = ROOT / ".venv/bin/python"  # has what the predictor needs; in a container this process's own has it
+
+
+class Answer(NamedTuple):
+    """An HTTP answer, as the server gave it."""
+
+    status: int
+    content_type: str
+    body: bytes
+    retry_after: int = 0  # seconds, for the header of that name; 0 for none
+
+
+class Worker:
+    """A deployment: bound by `fleet.app`, called by the front.
+
+    Whatever breaks the server ends this process: its prediction is tried elsewhere and Ray starts another worker, which
+    is one way for all faults.
+    """
+
+    def __init__(self, project: str, longest_seconds: float, generation: int) -> None:
+        """Start the server of the predict.py in the folder `project`, and wait until it is ready.
+
+        A prediction that takes longer than `longest_seconds` has lost its server. `generation` changes nothing: another
+        one makes Ray replace the workers one after another. Raises `ServerError` with what `setup()` said.
+        """
+        del generation
+        name = serve.get_replica_context().replica_id.unique_id
+        self._longest_seconds, self._metrics = longest_seconds, WorkerMetrics(name)
+        self._started = ExitStack()
+        python = SERVER_PYTHON if SERVER_PYTHON.exists() else Path(sys.executable)
+        server = cog_server(on_log=_print, project=Path(project), python=python)
+        self._url = self._started.enter_context(server).url
+        self._session: aiohttp.ClientSession | None = None
+
+    async def predict(
+        self, ticket: str, method: str, path: str, content_type: str, body: bytes, additions: dict[str, Any]
+    ) -> Answer:
+        """The server's answer to a prediction.
+
+        `ticket` is for the router alone. `additions` go into the JSON body: `id`, and `seed` into its input.
+        """
+        del ticket
+        if additions:
+            body = await asyncio.to_thread(_with_additions, body, additions)
+        answer = await self._send(method, path, content_type, body)
+        if b'"status":"failed"' in answer.body:
+            await self._end_if_broken()  # so that the front tries again what was the server's fault
+        if match := re.search(rb'"lora_cache":"(\w+)"', answer.body[: answer.body.find(b'"output"')]):
+            self._metrics.lora_cache(match[1].decode())
+        return answer
+
+    async def ask(self, *, method: str, path: str, body: bytes = b"", worker: str = "") -> Answer:
+        """The server's answer to anything that takes no time; `worker` is for the router alone."""
+        del worker
+        return await self._request(method, path, "application/json", body, HEALTH_SECONDS)
+
+    async def check_health(self) -> None:
+        """Ray calls this every few seconds."""
+        await self._end_if_broken()
+
+    async def __del__(self) -> None:
+        """Ray calls this when a worker is to end and its predictions are done."""
+        if self._session is not None:
+            await self._session.close()
+        await asyncio.to_thread(self._started.close)
+
+    async def _send(self, method: str, path: str, content_type: str, body: bytes) -> Answer:
+        give_up = time.monotonic() + MOST_CONFLICT_SECONDS
+        while True:
+            answer = await self._request(method, path, content_type, body, self._longest_seconds)
+            if answer.status != CONFLICT:
+                return answer
+            if time.monotonic() > give_up:
+                self._end("is busy with nothing")
+            await asyncio.sleep(RETRY_SECONDS)
+
+    async def _request(self, method: str, path: str, content_type: str, body: bytes, seconds: float) -> Answer:
+        if self._session is None:  # made here, where the event loop runs
+            self._session = aiohttp.ClientSession(self._url)
+        try:
+            async with self._session.request(
+                method,
+                path,
+                data=body or None,
+                headers={"Content-Type": content_type},
+                timeout=aiohttp.ClientTimeout(total=seconds),
+            ) as response:
+                return Answer(response.status, response.content_type, await response.read())
+        except (aiohttp.ClientError, TimeoutError) as error:
+            self._end(f"gives no answer ({type(error).__name__})")
+
+    async def _end_if_broken(self) -> None:
+        health = json.loads((await self._request("GET", "/health-check", "", b"", HEALTH_SECONDS)).body)
+        if health["status"] not in GOOD:
+            self._end(f"is {health['status']}: {health.get('user_healthcheck_error', '')}")
+
+    def _end(self, why: str) -> NoReturn:
+        _print(f"Cog's server {why}: this worker ends, and another one is started.")
+        self._started.close()
+        os._exit(1)
+
+
+def _with_additions(body: bytes, additions: dict[str, Any]) -> bytes:
+    document = json.loads(body)
+    if "seed" in additions:
+        document.setdefault("input", {})["seed"] = additions["seed"]
+    if "id" in additions:
+        document["id"] = additions["id"]
+    return json.dumps(document, ensure_ascii=False).encode()
+
+
+def _print(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,363 @@
+"""script/fleet over HTTP: two workers of a predictor that only sleeps, through every fault, and two of the demo model.
+
+It runs in the fleet's own environment, without what the other tests share: script/test-fleet.
+"""
+
+import base64
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+pytest.importorskip("ray", reason="the fleet's tests run in its own environment: script/test-fleet")
+
+from tools.server import cog_server
+
+ROOT = Path(__file__).parent.parent
+SLEEPER = ROOT / "bench" / "sleeper"
+PYTHON = ROOT / ".venv" / "bin" / "python"
+LORAS = ROOT / "weights" / "demo-loras"
+PATIENCE = 60  # seconds, on a busy machine
+SHORT = ("--swap-seconds", "0.2")
+SLEEPY = ("--project", str(SLEEPER))
+
+
+@dataclass
+class Fleet:
+    """One that runs; calling it makes a prediction."""
+
+    url: str
+    process: "subprocess.Popen[str]"
+    metrics_port: int
+    log: list[str] = field(default_factory=list)
+
+    def __call__(self, **inputs: Any) -> dict[str, Any]:
+        answer = self.post({"input": inputs})
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def post(self, body: Any, **headers: str) -> requests.Response:
+        headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        return requests.post(f"{self.url}/predictions", json=body, headers=headers, timeout=PATIENCE)
+
+    def put(self, id_: str, **inputs: Any) -> requests.Response:
+        return requests.put(f"{self.url}/predictions/{id_}", json={"input": inputs}, timeout=PATIENCE)
+
+    def cancel(self, id_: str) -> int:
+        return requests.post(f"{self.url}/predictions/{id_}/cancel", timeout=PATIENCE).status_code
+
+    def health(self) -> dict[str, Any]:
+        return requests.get(f"{self.url}/health-check", timeout=PATIENCE).json()
+
+    def metrics(self) -> dict[str, float]:
+        """The sum over workers of each of the fleet's metrics."""
+        text = requests.get(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=PATIENCE).text
+        sums: Counter[str] = Counter()
+        for name, value in re.findall(r"^ray_(fleet_\w+)\{.*\} (\S+)$", text, re.MULTILINE):
+            sums[name] += float(value)
+        return sums
+
+
+@contextmanager
+def started(*options: str, ready: bool = True, **environment: str) -> Iterator[Fleet]:
+    """script/fleet with its own Ray, on free ports."""
+    port, metrics_port = free_port(), free_port()
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short: Ray makes sockets in it
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fleet", "--port", str(port), "--metrics-port", str(metrics_port), *options],
+        cwd=ROOT,
+        env=os.environ | {"RAY_TMPDIR": folder} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    fleet = Fleet(f"http://127.0.0.1:{port}", process, metrics_port)
+    reader = threading.Thread(target=lambda: fleet.log.extend(process.stdout or ()), daemon=True)
+    reader.start()
+    try:
+        if ready:
+            eventually(lambda: any("Serving at" in line for line in fleet.log) or process.poll() is not None)
+            assert process.poll() is None, "".join(fleet.log)
+        yield fleet
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(PATIENCE)
+        reader.join(PATIENCE)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def eventually(condition: Callable[[], Any]) -> Any:
+    """What it returns, once that is true."""
+    deadline = time.monotonic() + PATIENCE
+    while not (result := condition()):
+        assert time.monotonic() < deadline, "it never happens"
+        time.sleep(0.05)
+    return result
+
+
+@pytest.fixture(scope="module")
+def sleepers() -> Iterator[Fleet]:
+    with started(*SLEEPY, "--workers", "2", "--longest-queue", "6", "--longest-prediction", "20", *SHORT) as fleet:
+        fleet.health()  # so the front has met its workers
+        yield fleet
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(16) as threads:
+        yield threads
+
+
+@pytest.fixture
+def webhooks() -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    received: list[dict[str, Any]] = []
+
+    class Receiver(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Receiver) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/", received
+        server.shutdown()
+
+
+def busy(fleet: Fleet, pool: ThreadPoolExecutor, seconds: float = 3.0) -> list[Future[dict[str, Any]]]:
+    """Both workers are at a prediction of this length."""
+    before = fleet.health()["queue"]["running"]
+    assert before == 0
+    running = [pool.submit(partial(fleet, prompt=f"busy {turn}", seconds=seconds)) for turn in range(2)]
+    eventually(lambda: fleet.health()["queue"]["running"] == 2)
+    return running
+
+
+def test_its_answers_are_those_of_a_single_server(sleepers: Fleet) -> None:
+    with cog_server(project=SLEEPER, python=PYTHON) as single:
+        for path in ("/", "/openapi.json", "/predictions", "/nothing"):
+            one, many = (requests.get(url + path, timeout=PATIENCE) for url in (single.url, sleepers.url))
+            assert (one.status_code, one.text) == (many.status_code, many.text), path
+        for body in ('{"input":{"prompt":"é","seed":1},"id":"same"}', '{"input":[1],"id":"same"}', "junk", '{"id":7}'):
+            headers = {"Content-Type": "application/json"}
+            one, many = (
+                requests.post(f"{url}/predictions", body.encode(), headers=headers, timeout=PATIENCE)
+                for url in (single.url, sleepers.url)
+            )
+            assert one.status_code == many.status_code
+            assert without_time(one) == without_time(many)
+            assert one.headers["Content-Type"] == many.headers["Content-Type"]
+            time.sleep(0.1)  # the single server is busy until a moment after its answer
+    assert set(sleepers.health()) >= {"status", "setup", "version"}
+
+
+def without_time(response: requests.Response) -> str:
+    text = re.sub(r'"predict_time":[\d.e-]+|"server":\d+|"swapped":\d', "", response.text)
+    return re.sub(r"pred_\w+", "", text)
+
+
+def test_no_request_meets_a_409_and_all_are_answered_once(sleepers: Fleet, pool: ThreadPoolExecutor) -> None:
+    prompts = [str(turn) for turn in range(40)]
+    answers = []
+    for batch in range(0, 40, 8):  # two at workers, six in the queue
+        jobs = [pool.submit(partial(sleepers, prompt=prompt, seconds=0.1)) for prompt in prompts[batch : batch + 8]]
+        answers += [job.result() for job in jobs]
+    assert [answer["output"].split()[0] for answer in answers] == prompts
+    shares = Counter(answer["metrics"]["server"] for answer in answers)
+    assert len(shares) == 2
+    assert min(shares.values()) >= 12
+
+
+def test_beyond_the_longest_queue_the_answer_is_503(sleepers: Fleet, pool: ThreadPoolExecutor) -> None:
+    running = busy(sleepers, pool)
+    waiting = [pool.submit(partial(sleepers, prompt="waits")) for _ in range(6)]
+    eventually(lambda: sleepers.health()["queue"]["waiting"] == 6)
+    assert sleepers.health()["status"] == "BUSY"
+    for headers in ({}, {"Prefer": "respond-async"}):
+        refused = sleepers.post({"input": {"prompt": "one too many"}}, **headers)
+        assert refused.status_code == 503
+        assert int(refused.headers["Retry-After"]) >= 1
+        assert "queue is full" in refused.json()["error"]
+    assert all(job.result()["status"] == "succeeded" for job in running + waiting)
+    assert sleepers.health()["status"] == "READY"
+
+
+def test_a_client_that_hangs_up_frees_its_place(sleepers: Fleet, pool: ThreadPoolExecutor) -> None:
+    running = busy(sleepers, pool)
+    waiting = [hang_up_later(sleepers, prompt="waits") for _ in range(3)]
+    eventually(lambda: sleepers.health()["queue"]["waiting"] == 3)
+    for connection in waiting:
+        connection.close()
+    eventually(lambda: sleepers.health()["queue"]["waiting"] == 0)
+    assert all(job.result()["status"] == "succeeded" for job in running)
+    long = [hang_up_later(sleepers, prompt="runs", seconds=100) for _ in range(2)]
+    eventually(lambda: sleepers.health()["queue"]["running"] == 2)
+    for connection in long:
+        connection.close()
+    assert sleepers(prompt="next")["status"] == "succeeded"
+
+
+def hang_up_later(fleet: Fleet, **inputs: Any) -> socket.socket:
+    connection = socket.create_connection(("127.0.0.1", int(fleet.url.rsplit(":", 1)[1])))
+    body = json.dumps({"input": inputs})
+    head = "POST /predictions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json"
+    connection.sendall(f"{head}\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+    return connection
+
+
+def test_the_same_id_is_one_prediction(sleepers: Fleet, pool: ThreadPoolExecutor) -> None:
+    first = pool.submit(sleepers.put, "once", prompt="first", seconds=2)
+    again = eventually(lambda: (state := sleepers.put("once", prompt="first", seconds=2)).status_code == 202 and state)
+    assert again.json()["input"] == {"prompt": "first", "seconds": 2}
+    eventually(lambda: sleepers.put("once", prompt="first", seconds=2).json()["status"] == "processing")
+    assert first.result().json()["status"] == "succeeded"
+    running = busy(sleepers, pool, 1)
+    queued = pool.submit(sleepers.put, "queued", prompt="later")
+    eventually(lambda: sleepers.health()["queue"]["waiting"] == 1)
+    assert sleepers.put("queued", prompt="later").json()["status"] == "starting"
+    assert queued.result().json()["output"].startswith("later")
+    assert [job.result()["status"] for job in running] == ["succeeded"] * 2
+
+
+def test_canceling_reaches_the_queue_and_the_worker(
+    sleepers: Fleet, pool: ThreadPoolExecutor, webhooks: tuple[str, list[dict[str, Any]]]
+) -> None:
+    url, received = webhooks
+    jobs = [pool.submit(sleepers.put, f"run{turn}", seconds=100) for turn in range(2)]
+    eventually(lambda: sleepers.health()["queue"]["running"] == 2)
+    body = {"id": "queued", "input": {}, "webhook": url, "webhook_events_filter": ["completed"]}
+    queued = pool.submit(sleepers.post, body)
+    eventually(lambda: sleepers.health()["queue"]["waiting"] == 1)
+    assert [sleepers.cancel(id_) for id_ in ("queued", "run0", "run1", "nothing")] == [200, 200, 200, 404]
+    assert [job.result().json()["status"] for job in [queued, *jobs]] == ["canceled"] * 3
+    assert eventually(lambda: received) == [queued.result().json()]
+    assert sleepers(prompt="next")["status"] == "succeeded"
+
+
+def test_a_prediction_is_canceled_in_its_first_moment(sleepers: Fleet, pool: ThreadPoolExecutor) -> None:
+    for turn in range(8):
+        job = pool.submit(sleepers.put, f"moment{turn}", seconds=100)
+        eventually(lambda turn=turn: sleepers.cancel(f"moment{turn}") == 200)
+        assert job.result().json()["status"] == "canceled"
+
+
+def test_an_asynchronous_prediction_tells_its_webhook(
+    sleepers: Fleet, webhooks: tuple[str, list[dict[str, Any]]]
+) -> None:
+    url, received = webhooks
+    answer = sleepers.post(
+        {"id": "a", "input": {"prompt": "x", "seed": 1, "seconds": 0.2}, "webhook": url}, Prefer="respond-async"
+    )
+    assert (answer.status_code, answer.json()) == (202, {"id": "a", "status": "starting"})
+    eventually(lambda: received and received[-1]["status"] == "succeeded")
+    assert received[0]["status"] == "processing"
+    assert received[-1]["output"] == "x 1"
+
+
+@pytest.mark.parametrize("id_", ["a" * 65, "..", "%2ftmp%2fx", "..%2fx", "a b"])
+def test_an_id_that_could_be_a_path_is_refused(sleepers: Fleet, id_: str) -> None:
+    request = requests.Request("PUT", "http://x").prepare()
+    request.url = f"{sleepers.url}/predictions/{id_}"
+    request.body, request.headers["Content-Length"] = b'{"input":{}}', "12"
+    assert requests.Session().send(request, timeout=PATIENCE).status_code in (404, 405, 422)
+    assert sleepers.post({"id": id_, "input": {}}).status_code == 422
+
+
+def test_a_body_of_75_mb_passes(sleepers: Fleet) -> None:
+    answer = sleepers(prompt="x" * 75_000_000, seed=1)
+    assert answer["output"] == "x" * 75_000_000 + " 1"
+
+
+@pytest.mark.parametrize("process", ["predictor", "server", "worker"])
+def test_a_process_that_dies_costs_nothing(
+    sleepers: Fleet, pool: ThreadPoolExecutor, tmp_path: Path, process: str
+) -> None:
+    """The prediction that it was at is made by another, with the same seed; Ray starts a new worker."""
+    others = [pool.submit(partial(sleepers, prompt=str(turn), seconds=0.2)) for turn in range(4)]
+    answer = sleepers(prompt="tried twice", kill=process, once=str(tmp_path / "killed"))
+    assert answer["output"].startswith("tried twice"), answer
+    assert [job.result()["output"].split()[0] for job in others] == ["0", "1", "2", "3"]
+    eventually(lambda: len(servers(sleepers, pool)) == 2)
+
+
+def servers(fleet: Fleet, pool: ThreadPoolExecutor) -> set[int]:
+    """Those that two predictions at once run on."""
+    jobs = [pool.submit(partial(fleet, seconds=0.5)) for _ in range(2)]
+    return {job.result()["metrics"]["server"] for job in jobs}
+
+
+def test_a_prediction_that_kills_every_worker_fails_with_one_sentence(
+    sleepers: Fleet, pool: ThreadPoolExecutor
+) -> None:
+    answer = sleepers(kill="server")
+    assert answer["status"] == "failed"
+    assert "lost" in answer["error"]
+    eventually(lambda: len(servers(sleepers, pool)) == 2)
+
+
+def test_metrics_tell_of_queue_swaps_and_workers(sleepers: Fleet) -> None:
+    for lora in "aabb":
+        sleepers(replicate_weights=lora)
+    eventually(lambda: sleepers.metrics()["fleet_swaps_total"] >= 2)
+    names = {"fleet_queue_length", "fleet_wait_seconds_count", "fleet_busy_seconds_total", "fleet_predictions_total"}
+    assert names <= set(sleepers.metrics())
+
+
+def test_a_restart_loses_no_request(sleepers: Fleet, pool: ThreadPoolExecutor) -> None:
+    before = servers(sleepers, pool)
+    sleepers.process.send_signal(signal.SIGHUP)
+    answers = []
+    while not any("All workers are new" in line for line in sleepers.log):
+        answers.append(sleepers(prompt="during", seconds=0.1))
+    assert all(answer["status"] == "succeeded" for answer in answers)
+    assert not before & eventually(lambda: len(found := servers(sleepers, pool)) == 2 and found)
+
+
+def test_it_grows_and_shrinks_with_the_queue(pool: ThreadPoolExecutor) -> None:
+    options = ("--workers", "1", "--min", "1", "--max", "2", "--scale-up-after", "1", "--scale-down-after", "1")
+    with started(*SLEEPY, *options, "--longest-wait", "2") as fleet:
+        jobs = [pool.submit(partial(fleet, seconds=8)) for _ in range(2)]
+        assert eventually(lambda: fleet.health()["workers"]["running"] == 2)
+        late = fleet.post({"input": {}})
+        assert late.status_code in (200, 503)
+        for job in jobs:
+            job.exception()
+        eventually(lambda: fleet.health()["workers"]["running"] == 1)
+        assert fleet(prompt="still there")["status"] == "succeeded"
+
+
+def test_a_setup_that_fails_is_said_once() -> None:
+    with started(*SLEEPY, ready=False, SLEEPER_SETUP_ERROR="The weights are bad.") as fleet:
+        assert fleet.process.wait(PATIENCE) == 1
+        eventually(lambda: any("fleet error" in line for line in fleet.log))
+        assert [line for line in fleet.log if line.startswith("fleet error")] == [
+            "fleet error: RuntimeError: The weights are bad.\n"
+        ]
