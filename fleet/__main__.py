@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from typing import Any
 
 import ray
@@ -16,6 +15,7 @@ from fleet.state import APP, fleet_state
 
 POLL_SECONDS = 0.5
 METRICS_PORT = 8080
+QUIET = {"log_level": "WARNING", "enable_access_log": False}
 
 
 class SetupError(RuntimeError):
@@ -32,7 +32,10 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     _start_ray(arguments, options)
     try:
-        serve.start(http_options={"host": arguments.host, "port": arguments.port, "request_timeout_s": None})
+        serve.start(
+            http_options={"host": arguments.host, "port": arguments.port, "request_timeout_s": None},
+            logging_config=QUIET,
+        )
         _deploy(options)
         _say(f"Serving at http://{arguments.host}:{arguments.port}/predictions; Ctrl-C stops.")
         while True:
@@ -60,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--max", type=int, dest="max_workers", metavar="B", help="the most that a long queue makes it grow to")
     add("--host", default="127.0.0.1", help="the address to listen on (default: 127.0.0.1)")
     add("--port", type=int, default=int(os.environ.get("PORT", "5000")), help="(default: 5000)")
+    add("--address", default=os.environ.get("RAY_ADDRESS"), help="of a Ray cluster to run on: auto for the one that `ray start` made (default: RAY_ADDRESS, else this machine)")
     add("--metrics-port", type=int, default=METRICS_PORT, help=f"for Prometheus (default: {METRICS_PORT})")
     for name, text in (
         ("longest_queue", "predictions that may wait; beyond it the answer is 503"),
@@ -82,12 +86,13 @@ def _options(arguments: argparse.Namespace) -> Options:
 
 
 def _start_ray(arguments: argparse.Namespace, options: Options) -> None:
-    """Join the cluster of `ray start` if one runs on this machine, else be one."""
+    """Join the cluster that is named, else be one of this machine alone."""
     settings: dict[str, Any] = {"namespace": "flux-lora", "logging_level": "WARNING"}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        ray.init(address="auto", **settings)
-    except ConnectionError:
+    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")  # into Ray's own folder; the predictors' lines are shown
+    if arguments.address:
+        ray.init(address=arguments.address, **settings)
+    else:
         slots = max(options.workers, options.min_workers or 0, options.max_workers or 0, os.cpu_count() or 1)
         ray.init(
             address="local",
@@ -103,11 +108,10 @@ def _start_ray(arguments: argparse.Namespace, options: Options) -> None:
 
 def _deploy(options: Options) -> None:
     """Start or replace the workers, and wait for them. Raises `SetupError`."""
-    serve.run(build(options), name=APP, route_prefix="/", blocking=False, _local_testing_mode=False)
-    while (state := fleet_state())["status"] != "READY":
-        if state["status"] == "SETUP_FAILED":
-            raise SetupError(state["setup"]["logs"])
-        time.sleep(POLL_SECONDS)
+    try:
+        serve.run(build(options), name=APP, route_prefix="/", logging_config=QUIET)
+    except RuntimeError as error:  # Ray has given up
+        raise SetupError(fleet_state().get("setup", {}).get("logs") or str(error)) from None
 
 
 def _say(line: str) -> None:

@@ -85,6 +85,8 @@ def _size(options: Options) -> dict[str, object]:
             max_replicas=max(options.workers if most is None else most, 1),
             initial_replicas=max(options.workers, least),
             target_ongoing_requests=1,
+            look_back_period_s=options.scale_up_after,
+            metrics_interval_s=min(1.0, options.scale_up_after / 2),
             upscale_delay_s=options.scale_up_after,
             downscale_delay_s=options.scale_down_after,
         )

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Match, Route
 from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
+from ray.serve.exceptions import RayServeException, RequestCancelledError
 from ray.serve.handle import DeploymentHandle
 
 from fleet.bodies import VALID_ID, Body, canceled, failed, new_id, read_body, to_json
@@ -145,6 +145,8 @@ class Front:
         overdue = asyncio.get_running_loop().call_later(self._longest_wait, ticket.end_waiting)
         try:
             answer: Answer = await call
+        except RequestCancelledError:
+            raise asyncio.CancelledError from None
         except (RayError, RayServeException):
             return None
         else:

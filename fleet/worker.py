@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import re
+import signal
 import sys
 import time
 from contextlib import ExitStack
@@ -42,6 +43,8 @@ class Worker:
     is one way for all faults.
     """
 
+    _session: aiohttp.ClientSession | None
+
     def __init__(self, project: str, longest_seconds: float, generation: int) -> None:
         """Start the server of the predict.py in the folder `project`, and wait until it is ready.
 
@@ -51,11 +54,10 @@ class Worker:
         del generation
         name = serve.get_replica_context().replica_id.unique_id
         self._longest_seconds, self._metrics = longest_seconds, WorkerMetrics(name)
-        self._started = ExitStack()
+        self._started, self._session = ExitStack(), None
         python = SERVER_PYTHON if SERVER_PYTHON.exists() else Path(sys.executable)
         server = cog_server(on_log=_print, project=Path(project), python=python)
-        self._url = self._started.enter_context(server).url
-        self._session: aiohttp.ClientSession | None = None
+        self._server = self._started.enter_context(server)
 
     async def predict(
         self, ticket: str, method: str, path: str, content_type: str, body: bytes, additions: dict[str, Any]
@@ -101,7 +103,7 @@ class Worker:
 
     async def _request(self, method: str, path: str, content_type: str, body: bytes, seconds: float) -> Answer:
         if self._session is None:  # made here, where the event loop runs
-            self._session = aiohttp.ClientSession(self._url)
+            self._session = aiohttp.ClientSession(self._server.url)
         try:
             async with self._session.request(
                 method,
@@ -121,7 +123,7 @@ class Worker:
 
     def _end(self, why: str) -> NoReturn:
         _print(f"Cog's server {why}: this worker ends, and another one is started.")
-        self._started.close()
+        os.killpg(self._server.process.pid, signal.SIGKILL)  # what stands still would keep the GPU's memory
         os._exit(1)
 
 

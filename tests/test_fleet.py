@@ -103,6 +103,7 @@ def started(*options: str, ready: bool = True, **environment: str) -> Iterator[F
         process.send_signal(signal.SIGINT)
         process.wait(PATIENCE)
         reader.join(PATIENCE)
+        process.stdout.close()
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -123,7 +124,7 @@ def eventually(condition: Callable[[], Any]) -> Any:
 
 @pytest.fixture(scope="module")
 def sleepers() -> Iterator[Fleet]:
-    with started(*SLEEPY, "--workers", "2", "--longest-queue", "6", "--longest-prediction", "20", *SHORT) as fleet:
+    with started(*SLEEPY, "--workers", "2", "--longest-queue", "6", "--longest-wait", "6", "--longest-prediction", "9", *SHORT) as fleet:
         fleet.health()  # so the front has met its workers
         yield fleet
 
@@ -208,6 +209,18 @@ def test_beyond_the_longest_queue_the_answer_is_503(sleepers: Fleet, pool: Threa
         assert "queue is full" in refused.json()["error"]
     assert all(job.result()["status"] == "succeeded" for job in running + waiting)
     assert sleepers.health()["status"] == "READY"
+
+
+def test_beyond_the_longest_wait_the_answer_is_503(
+    sleepers: Fleet, pool: ThreadPoolExecutor, webhooks: tuple[str, list[dict[str, Any]]]
+) -> None:
+    url, received = webhooks
+    running = busy(sleepers, pool, seconds=7.5)
+    late = sleepers.post({"id": "late", "input": {}, "webhook": url})
+    assert (late.status_code, "Retry-After" in late.headers) == (503, True)
+    assert "in time" in late.json()["error"]
+    assert [message["status"] for message in received] == ["failed"], received
+    assert [job.result()["status"] for job in running] == ["succeeded"] * 2
 
 
 def test_a_client_that_hangs_up_frees_its_place(sleepers: Fleet, pool: ThreadPoolExecutor) -> None:
@@ -296,8 +309,8 @@ def test_a_body_of_75_mb_passes(sleepers: Fleet) -> None:
     assert answer["output"] == "x" * 75_000_000 + " 1"
 
 
-@pytest.mark.parametrize("process", ["predictor", "server", "worker"])
-def test_a_process_that_dies_costs_nothing(
+@pytest.mark.parametrize("process", ["predictor", "server", "worker", "nobody"])
+def test_a_process_that_dies_or_stands_still_costs_nothing(
     sleepers: Fleet, pool: ThreadPoolExecutor, tmp_path: Path, process: str
 ) -> None:
     """The prediction that it was at is made by another, with the same seed; Ray starts a new worker."""
@@ -343,13 +356,10 @@ def test_a_restart_loses_no_request(sleepers: Fleet, pool: ThreadPoolExecutor) -
 
 def test_it_grows_and_shrinks_with_the_queue(pool: ThreadPoolExecutor) -> None:
     options = ("--workers", "1", "--min", "1", "--max", "2", "--scale-up-after", "1", "--scale-down-after", "1")
-    with started(*SLEEPY, *options, "--longest-wait", "2") as fleet:
-        jobs = [pool.submit(partial(fleet, seconds=8)) for _ in range(2)]
-        assert eventually(lambda: fleet.health()["workers"]["running"] == 2)
-        late = fleet.post({"input": {}})
-        assert late.status_code in (200, 503)
-        for job in jobs:
-            job.exception()
+    with started(*SLEEPY, *options, *SHORT) as fleet:
+        jobs = [pool.submit(partial(fleet, seconds=5)) for _ in range(6)]
+        eventually(lambda: fleet.health()["workers"]["running"] == 2)
+        assert [job.result()["status"] for job in jobs] == ["succeeded"] * 6
         eventually(lambda: fleet.health()["workers"]["running"] == 1)
         assert fleet(prompt="still there")["status"] == "succeeded"
 

@@ -31,7 +31,8 @@ class Predictor(BaseRunner):
     ) -> str:
         """The prompt and the seed, after `seconds` and, for another LoRA, `swap_seconds`.
 
-        `kill` names a process that dies instead; with a file `once`, only while that is not there.
+        `kill` names a process that dies instead, `nobody` that all stand still; with a file `once`, only while that is
+        not there.
         """
         swapped = replicate_weights != self.held
         self.record_metric("swapped", int(swapped))
@@ -39,6 +40,8 @@ class Predictor(BaseRunner):
         if kill and not (once and Path(once).exists()):
             if once:
                 Path(once).touch()
+            while kill == "nobody":
+                time.sleep(1)
             os.kill(_ancestor(ANCESTORS.index(kill)), signal.SIGKILL)
         end = time.monotonic() + seconds + (swap_seconds if swapped and self.held is not None else 0.0)
         while (left := end - time.monotonic()) > 0:
