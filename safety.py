@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from PIL import Image
 from torch.nn.functional import normalize
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from flux.checkpoints import WEIGHTS, resolve_folder
+from published import CONCEPTS, VIT, WEIGHTS, Published, locate
 from service.threads import TimeLimitError, Worker
 from settings import Settings, SettingsError
 
@@ -29,12 +30,6 @@ log = logging.getLogger("flux-lora")
 
 Scores = np.ndarray[tuple[int, int], np.dtype[np.float32]]
 
-# The concept checker's main revision holds a pickle alone; this one, of the same repo, has the weights as safetensors.
-CONCEPTS_REPO = "CompVis/stable-diffusion-safety-checker@refs/pr/39"
-VIT_REPO = "Falconsai/nsfw_image_detection"
-CONCEPTS_FOLDER = WEIGHTS / "stable-diffusion-safety-checker"
-VIT_FOLDER = WEIGHTS / "nsfw_image_detection"
-CHECKER_FILES = ("config.json", "preprocessor_config.json", "model.safetensors")
 SPECIAL_CARE = 0.01  # how much stricter the concept checker is with a picture that matches a special care concept
 SETUP_SECONDS = 300.0  # the first picture may compile kernels and page weights in
 TRUSTED_SECONDS = 10.0  # how long a checker that worked is believed to work still
@@ -141,7 +136,7 @@ def load_screener(settings: Settings, device: torch.device) -> Screener:
 
 def _at_hand(settings: Settings) -> str:
     named = settings.safety_concepts or settings.safety_vit
-    return "two-stage" if named or (CONCEPTS_FOLDER.is_dir() and VIT_FOLDER.is_dir()) else "open-nsfw"
+    return "two-stage" if named or all((WEIGHTS / each.folder).is_dir() for each in (CONCEPTS, VIT)) else "open-nsfw"
 
 
 def _load_two_stage(settings: Settings, device: torch.device) -> Checker:
@@ -160,8 +155,8 @@ def _load_concepts(settings: Settings, device: torch.device) -> Checker:
     The score is the most by which a cosine exceeds its concept's own threshold, computed, and rounded to three
     decimals, as `StableDiffusionSafetyChecker.forward` of diffusers does: above 0 is its `has_nsfw_concepts`.
     """
-    reference = settings.safety_concepts or (str(CONCEPTS_FOLDER) if CONCEPTS_FOLDER.is_dir() else CONCEPTS_REPO)
-    model, pixels = _load(StableDiffusionSafetyChecker, "SAFETY_CONCEPTS", reference, settings, device)
+    folder = locate(CONCEPTS, settings.safety_concepts, settings.hf_token)
+    model, pixels = _load(StableDiffusionSafetyChecker, CONCEPTS, folder, device)
 
     def excess(embeds: torch.Tensor, concepts: torch.Tensor, thresholds: torch.Tensor) -> Scores:
         """[pictures, width], [concepts, width], [concepts] -> [pictures, concepts]"""
@@ -183,11 +178,12 @@ def _load_concepts(settings: Settings, device: torch.device) -> Checker:
 
 def _load_vit(settings: Settings, device: torch.device) -> Checker:
     """Falconsai's classifier, or another whose labels include nsfw. The score is that label's probability."""
-    reference = settings.safety_vit or (str(VIT_FOLDER) if VIT_FOLDER.is_dir() else VIT_REPO)
-    model, pixels = _load(AutoModelForImageClassification, "SAFETY_VIT", reference, settings, device)
+    folder = locate(VIT, settings.safety_vit, settings.hf_token)
+    model, pixels = _load(AutoModelForImageClassification, VIT, folder, device)
     labels = [str(label).lower() for _, label in sorted(model.config.id2label.items())]
     if "nsfw" not in labels:
-        raise SettingsError(f"The environment variable SAFETY_VIT is {reference}, which has no label nsfw: {labels}.")
+        named = settings.safety_vit or folder
+        raise SettingsError(f"The environment variable SAFETY_VIT is {named}, which has no label nsfw: {labels}.")
     column = labels.index("nsfw")
 
     @torch.no_grad()
@@ -199,12 +195,11 @@ def _load_vit(settings: Settings, device: torch.device) -> Checker:
 
 
 def _load(
-    model_class: Any, variable: str, reference: str, settings: Settings, device: torch.device
+    model_class: Any, published: Published, folder: Path, device: torch.device
 ) -> tuple[Any, Callable[[Sequence[Image.Image]], torch.Tensor]]:
-    """A model in float32 and what makes its input, both from one folder or repo. Only safetensors are read."""
-    folder = resolve_folder(reference, variable, settings.hf_token, CHECKER_FILES)
-    about = f"The environment variable {variable} leads to {folder}, "
-    for name in CHECKER_FILES:
+    """A model in float32 and what makes its input, both from one folder. Only safetensors are read."""
+    about = f"The environment variable {published.variable} leads to {folder}, "
+    for name in published.files:
         if not (folder / name).is_file():
             raise SettingsError(f"{about}which has no {name}: pickles such as pytorch_model.bin are never loaded.")
     transformers.utils.logging.disable_progress_bar()

@@ -123,6 +123,8 @@ class Settings:
     # Where a model is: a folder in diffusers layout or a Hugging Face repo id; None: look in weights/
     flux_dev: str | None = _variable("FLUX_DEV", _nonempty)
     flux_schnell: str | None = _variable("FLUX_SCHNELL", _nonempty)
+    # Whether the demo model stands in for one that is neither named nor in weights/; False: that one is fetched
+    flux_demo: bool = _variable("FLUX_DEMO", _switch, "1")
     flux_device: str | None = _variable("FLUX_DEVICE", _device)  # None: the first CUDA device, else the CPU
     flux_compile: bool | None = _variable("FLUX_COMPILE", _switch)  # None: on for CUDA, off elsewhere
     go_fast_lora_multiplier: float = _variable("GO_FAST_LORA_MULTIPLIER", _positive, "1.5")

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flux.checkpoints import SHARED_PARTS
+from published import SHARED_PARTS
 from tools.random_flux import FULL_WIDTH, write_random_flux
 
 FOLDER = Path(os.environ.get("BENCH_DIR", Path(tempfile.gettempdir()) / "flux-lora-bench-weights"))

@@ -10,10 +10,10 @@ from tqdm import tqdm
 
 from bench._common import announce, benchmark_parser, full_width_checkpoints, psnr, table
 from bench.fp8 import PROMPTS
-from flux.checkpoints import WEIGHTS
 from flux.device import compute_dtype
 from flux.models import Flux, Precisions, PromptEmbeds, cache_blocks, load_flux
 from flux.pipelines import Job, decode, denoise, encode_prompt
+from published import WEIGHTS
 
 CPU = torch.device("cpu")
 THRESHOLDS = (0.03, 0.06, 0.12, 0.25)

@@ -14,10 +14,10 @@ from tqdm import tqdm
 from bench._common import Goal, announce, benchmark_parser, judge, table
 from demo.check import Verdict, check
 from demo.scenes import HELD_OUT, caption
-from flux.checkpoints import WEIGHTS
 from flux.device import compute_dtype
 from flux.models import Flux, load_flux
 from flux.pipelines import Job, decode, denoise, encode_prompt
+from published import WEIGHTS
 
 CPU = torch.device("cpu")
 STEPS = {"dev": 28, "schnell": 4}

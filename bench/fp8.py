@@ -23,7 +23,6 @@ from bench._common import (
     seconds,
     table,
 )
-from flux.checkpoints import WEIGHTS
 from flux.device import compute_dtype
 from flux.fp8 import Fp8Linear, fp8_layers, new_twin, quantize_rows
 from flux.live import LiveWeights
@@ -32,6 +31,7 @@ from flux.pipelines import Job, decode, denoise, encode_prompt
 from flux.pristine import Pristine
 from lora.merge import Merge
 from lora.updates import LowRank
+from published import WEIGHTS
 from tools.random_flux import FULL_WIDTH
 
 CPU = torch.device("cpu")

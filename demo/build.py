@@ -17,7 +17,7 @@ from demo.text import train_text
 from demo.training import CHECKPOINTS
 from demo.transformer import train_dev
 from demo.vae import train_vae
-from flux.checkpoints import SHARED_PARTS, WEIGHTS
+from published import SHARED_PARTS, WEIGHTS
 from tools.random_flux import new_scheduler
 
 PLAIN, DEV, SCHNELL = CHECKPOINTS / "plain", CHECKPOINTS / "dev", CHECKPOINTS / "schnell"  # float32

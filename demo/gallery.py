@@ -11,8 +11,8 @@ from typing import Any
 from PIL import Image
 
 from demo.scenes import Scene, picture_of
-from flux.checkpoints import WEIGHTS
 from play.sheet import CELL, contact_sheet, stacked
+from published import WEIGHTS
 from tools.predict_cli import data_url
 from tools.server import CogServer, cog_server
 

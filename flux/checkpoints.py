@@ -1,44 +1,36 @@
 """Where the weights of dev and schnell are: a folder, a Hugging Face repo fetched first, or the demo checkpoint."""
 
 import logging
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-from service.hugging_face import refusal
+from published import DEV, OWN_PARTS, SCHNELL, SHARED_PARTS, WEIGHTS, Published, files_of, locate
 from settings import Settings, SettingsError
 
 log = logging.getLogger("flux-lora")
 
-MODELS = ("dev", "schnell")
-WEIGHTS = Path(__file__).parent.parent / "weights"
-OWN_PARTS = ("transformer", "scheduler")
-SHARED_PARTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")  # the same in dev and schnell
+MODELS = {"dev": DEV, "schnell": SCHNELL}
 
 
 def find_checkpoints(settings: Settings, weights: Path = WEIGHTS) -> dict[str, Path]:
     """The folder of each model, in diffusers layout and complete but for what schnell may take from dev.
 
     For each in turn: `FLUX_DEV` / `FLUX_SCHNELL`, then `weights/FLUX.1-dev` / `weights/FLUX.1-schnell`, then the demo
-    checkpoint, `weights/demo-dev` / `weights/demo-schnell`. Raises `SettingsError` when what was
-    asked for is not there or is no FLUX.1 checkpoint.
+    checkpoint, `weights/demo-dev` / `weights/demo-schnell`; with `FLUX_DEMO` off the Hugging Face repos in its place.
+    Raises `SettingsError` when what was asked for is not there or is no FLUX.1 checkpoint.
     """
     references = {"dev": settings.flux_dev, "schnell": settings.flux_schnell}
     folders: dict[str, Path] = {}
-    for model in MODELS:
-        variable, reference = f"FLUX_{model.upper()}", references[model]
-        default = weights / f"FLUX.1-{model}"
-        borrows = "dev" in folders and not is_demo(folders["dev"])
-        if reference is not None:
-            folders[model] = resolve_folder(reference, variable, settings.hf_token, _wanted(reference, borrows))
-        elif default.is_dir():
-            folders[model] = default
+    for model, published in MODELS.items():
+        reference = references[model]
+        if reference is None and settings.flux_demo and not (weights / published.folder).is_dir():
+            folders[model] = _demo(model, published.variable, weights)
         else:
-            folders[model] = _demo(model, variable, weights)
-        _check_layout(folders, model, variable)
+            borrows = "dev" in folders and not is_demo(folders["dev"])
+            needed = _own_part(published, reference, weights) if borrows else published
+            folders[model] = locate(needed, reference, settings.hf_token, weights)
+        _check_layout(folders, model, published.variable)
         log.info("%s: %s", model, folders[model])
     return folders
 
@@ -48,46 +40,13 @@ def is_demo(folder: Path) -> bool:
     return folder.name in {f"demo-{model}" for model in MODELS}
 
 
-def resolve_folder(reference: str, variable: str, token: str | None, wanted: Sequence[str]) -> Path:
-    """The folder that `reference` names: one that is here, or a Hugging Face repo's files that match `wanted`.
-
-    A repo id may end in `@revision`. The files go into Hugging Face's own cache, resumed after a break and never
-    fetched twice. Raises `SettingsError`, which names `variable`, when there is no such thing or it cannot be fetched.
-    """
-    folder = Path(reference).expanduser()
-    if folder.is_dir():
-        return folder
-    match = re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?", reference)
-    if not match:
-        raise SettingsError(
-            f"The environment variable {variable} is {reference!r}, which is neither a folder here nor a Hugging Face "
-            "repo id such as black-forest-labs/FLUX.1-dev."
-        )
-    repo, revision = match.groups()
-    log.info("%s: fetching %s from Hugging Face", variable, reference)
-    about = f"The environment variable {variable} names the Hugging Face repo {reference}"
-    try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(wanted), token=token))
-    except LocalEntryNotFoundError:
-        raise SettingsError(
-            f"{about}, but Hugging Face cannot be reached and its files are not all in the cache."
-        ) from None
-    except HFValidationError as error:
-        raise SettingsError(f"{about}, which {refusal(error, token)}.") from None
-    except HfHubHTTPError as error:
-        if why := refusal(error, token):
-            raise SettingsError(f"{about}, which {why}.") from None
-        raise SettingsError(f"{about}, but Hugging Face answered {error.response.status_code}.") from None
-    except OSError as error:
-        raise SettingsError(f"{about}, but fetching it failed: {error.strerror or type(error).__name__}.") from None
-
-
-def _wanted(reference: str, borrows: bool) -> list[str]:
-    """The files of a FLUX.1 repo that are to be fetched."""
-    if borrows and not Path(reference).expanduser().is_dir():
-        log.info("%s: the VAE and the text encoders are dev's and are not fetched again", reference)
-    parts = OWN_PARTS if borrows else OWN_PARTS + SHARED_PARTS
-    return [f"{part}/*.{kind}" for part in parts for kind in ("json", "safetensors", "txt", "model")]
+def _own_part(published: Published, reference: str | None, weights: Path) -> Published:
+    """What is needed of a model that takes the parts which it shares from dev."""
+    folder = Path(reference).expanduser() if reference else weights / published.folder
+    if not folder.is_dir():
+        named = reference or published.repo
+        log.info("%s: the VAE and the text encoders are dev's and are not fetched again", named)
+    return replace(published, files=files_of(OWN_PARTS))
 
 
 def _check_layout(folders: Mapping[str, Path], model: str, variable: str) -> None:

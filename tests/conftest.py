@@ -15,7 +15,7 @@ import pytest
 import requests
 from PIL import Image
 
-from flux.checkpoints import SHARED_PARTS
+from published import SHARED_PARTS
 from tools.random_flux import FluxSize, write_random_flux
 from tools.server import cog_server, predict
 

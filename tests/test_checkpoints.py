@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from flux.checkpoints import find_checkpoints, is_demo
+from published import DEV, WEIGHTS
 from settings import SettingsError, read_settings
 from tests.web import COMMIT, Fault, Web, read_folder, serve
 
@@ -19,8 +20,11 @@ import json, logging, sys
 logging.basicConfig(level=logging.INFO)
 from flux.checkpoints import find_checkpoints
 from settings import SettingsError, read_settings
+from published import WEIGHTS
+from pathlib import Path
 try:
-    print(json.dumps({name: str(folder) for name, folder in find_checkpoints(read_settings()).items()}))
+    found = find_checkpoints(read_settings(), Path(*sys.argv[1:]) if sys.argv[1:] else WEIGHTS)
+    print(json.dumps({name: str(folder) for name, folder in found.items()}))
 except SettingsError as error:
     sys.exit(str(error))
 """
@@ -34,11 +38,16 @@ def web(checkpoints: dict[str, Path]) -> Iterator[Web]:
         yield web
 
 
-def find(web: Web, cache: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
+def find(web: Web, cache: Path, *weights: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
     """`find_checkpoints` in a process of its own, since Hugging Face's client reads its variables when imported."""
     base = {"HF_ENDPOINT": web.url, "HF_HOME": str(cache), "PATH": os.environ["PATH"], "HOME": str(cache)}
     return subprocess.run(
-        [sys.executable, "-c", FIND], env=base | environment, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", FIND, *weights],
+        env=base | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
 
 
@@ -158,3 +167,25 @@ def test_without_even_the_demo_model_it_says_what_to_set(tmp_path: Path) -> None
 def test_a_real_schnell_borrows_nothing_from_the_demo_dev(checkpoints: dict[str, Path]) -> None:
     with pytest.raises(SettingsError, match=r"FLUX_SCHNELL leads to .* it has no folder vae"):
         find_checkpoints(read_settings({"FLUX_SCHNELL": str(checkpoints["schnell"])}))
+
+
+def test_without_the_demo_model_what_is_not_there_is_fetched(
+    web: Web, tmp_path: Path, checkpoints: dict[str, Path]
+) -> None:
+    """As in the container; a folder in weights/ comes first, and the demo model is used only where it is named."""
+    (tmp_path / "FLUX.1-schnell").symlink_to(checkpoints["schnell"])
+    demos = {f"demo-{model}": WEIGHTS / f"demo-{model}" for model in checkpoints}
+    for name, folder in demos.items():
+        (tmp_path / name).symlink_to(folder)
+    refused = find(web, tmp_path / "cache", tmp_path, FLUX_DEMO="0")
+    assert refused.stderr.strip().splitlines()[-1] == (
+        f"There is no folder {tmp_path}/FLUX.1-dev, so its weights come from the Hugging Face repo "
+        "black-forest-labs/FLUX.1-dev, which cannot be opened: there is no such repo, or it is private and HF_TOKEN is "
+        "needed; script/weights, run before the image is built, would put them into that folder."
+    )
+    web.hugging_face(DEV.repo, read_folder(checkpoints["dev"]))
+    found = json.loads(find(web, tmp_path / "cache", tmp_path, FLUX_DEMO="0").stdout)
+    assert Path(found["dev"]).is_relative_to(tmp_path / "cache")
+    assert found["schnell"] == str(tmp_path / "FLUX.1-schnell")
+    named = {"FLUX_DEMO": "0", "FLUX_DEV": str(demos["demo-dev"]), "FLUX_SCHNELL": str(demos["demo-schnell"])}
+    assert all(map(is_demo, find_checkpoints(read_settings(named), tmp_path).values()))

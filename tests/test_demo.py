@@ -26,9 +26,9 @@ from demo.scenes import (
     shaded,
 )
 from demo.transformer import new_transformer
-from flux.checkpoints import WEIGHTS
 from flux.pristine import Pristine
 from lora.formats import read_lora
+from published import WEIGHTS
 from tests.conftest import Server, data_url, raw_data_url
 from tools.server import cog_server
 

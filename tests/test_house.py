@@ -15,7 +15,6 @@ MAY_IMPORT = {  # besides LEAVES; a package's name stands for all of its modules
     "fetch": ("fetch", "lora.errors", "lora.header", "lora.families", "lora.names"),
     "lora": ("lora",),
     "flux": ("flux",),
-    "safety": ("flux.checkpoints",),
     "lora_loader": PACKAGES,
     "guards": ("fetch.network",),
     "predict": (*PACKAGES, "safety", "lora_loader", "guards"),

@@ -20,7 +20,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessor, pipeline
 
-from safety import CONCEPTS_REPO, GREY, VIT_REPO, SafetyError, Screener, load_screener
+from published import CONCEPTS, VIT
+from safety import GREY, SafetyError, Screener, load_screener
 from settings import SettingsError, read_settings
 from tests.checkers import VIT_PREPROCESSOR, write_concepts, write_vit
 from tests.conftest import Server, data_url, decode_picture, failure, same
@@ -242,8 +243,8 @@ def test_two_stages_come_from_hugging_face_and_screen_inputs_too(checkpoints: di
     """By the container's default names, of which nothing but safetensors and configs is fetched."""
     web = Web()
     for name, folder in (
-        (CONCEPTS_REPO, write_concepts(tmp_path / "concepts", {"concept_embeds_weights": ALWAYS})),
-        (VIT_REPO, write_vit(tmp_path / "vit", nsfw_bias=1000)),
+        (CONCEPTS.repo, write_concepts(tmp_path / "concepts", {"concept_embeds_weights": ALWAYS})),
+        (VIT.repo, write_vit(tmp_path / "vit", nsfw_bias=1000)),
     ):
         (folder / "pytorch_model.bin").write_bytes(b"a pickle")
         repo, _, revision = name.partition("@")

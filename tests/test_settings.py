@@ -12,6 +12,7 @@ from settings import SettingsError, read_settings
 def test_defaults_serve() -> None:
     settings = read_settings({})
     assert settings.flux_dev is None
+    assert settings.flux_demo
     assert settings.go_fast_lora_multiplier == 1.5
     assert settings.go_fast_cache_threshold is None
     assert settings.lora_cache_dir == Path.home() / ".cache" / "flux-lora"
@@ -46,6 +47,7 @@ def test_values_are_typed() -> None:
     [
         ("FLUX_DEV", ""),
         ("FLUX_SCHNELL", "  "),
+        ("FLUX_DEMO", "never"),
         ("FLUX_DEVICE", "gpu"),
         ("FLUX_COMPILE", "maybe"),
         ("GO_FAST_LORA_MULTIPLIER", "0"),
