@@ -103,7 +103,8 @@ def test_predict_takes_a_lora_that_is_too_large_to_be_sent(environment: dict[str
 
 
 @pytest.mark.parametrize(
-    "name", ["bench", "demo", "gallery", "lint", "lora", "play", "predict", "schema", "serve", "test", "test-play"]
+    "name",
+    ["bench", "demo", "gallery", "lint", "lora", "play", "predict", "schema", "serve", "test", "test-play", "weights"],
 )
 def test_every_script_has_help(name: str, tmp_path: Path) -> None:
     for option in ("-h", "--help"):

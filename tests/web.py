@@ -70,16 +70,19 @@ class Web:
         self, repo: str, files: dict[str, bytes], commit: str = COMMIT, revision: str = "main", card: Any = None
     ) -> None:
         """A repo whose only commit is `commit`, at main and at `revision`."""
-        siblings = [
-            {
-                "rfilename": name,
-                "size": len(body),
-                "lfs": {"size": len(body), "sha256": hashlib.sha256(body).hexdigest(), "pointerSize": 134},
-            }
+        large = {
+            name: {"size": len(body), "sha256": hashlib.sha256(body).hexdigest(), "pointerSize": 134}
             for name, body in files.items()
-        ]
+        }
+        siblings = [{"rfilename": name, "size": len(body), "lfs": large[name]} for name, body in files.items()]
         info = {"id": repo, "sha": commit, "siblings": siblings, "private": False, "cardData": card or {}}
-        tree = [{"type": "file", "path": name, "size": len(body), "oid": etag_of(body)} for name, body in files.items()]
+        tree: list[dict[str, Any]] = [
+            {"type": "file", "path": name, "size": len(body), "oid": etag_of(body)} for name, body in files.items()
+        ]
+        for entry in tree:
+            if entry["path"].endswith(".safetensors"):
+                about = large[entry["path"]]
+                entry["lfs"] = {"oid": about["sha256"], "size": about["size"], "pointerSize": about["pointerSize"]}
         self.pages[f"/api/models/{repo}"] = info
         for name in {"main", commit, revision}:
             self.pages[f"/api/models/{repo}/revision/{name}"] = info
@@ -261,7 +264,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def etag_of(body: bytes) -> str:
-    return hashlib.sha1(body).hexdigest()
+    """git's name of a file's content."""
+    return hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
 
 
 def read_folder(folder: Path) -> dict[str, bytes]:
