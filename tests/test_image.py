@@ -61,7 +61,7 @@ def tracked() -> list[Path]:
     """The files that are in git, or would be after the next commit."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    return [Path(line) for line in listed.stdout.splitlines() if (ROOT / line).is_file()]
+    return [Path(line) for line in listed.stdout.splitlines() if os.path.lexists(ROOT / line)]
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("clone")
     for file in tracked():
         (root / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(ROOT / file, root / file)
+        shutil.copyfile(ROOT / file, root / file, follow_symlinks=False)
     for name in LEFT_OVER + REAL:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).touch()
@@ -110,7 +110,7 @@ def test_the_smoke_test_finds_the_demo_model_in_the_image(clone: Path, tmp_path:
     for file in image_files(clone):
         if file not in map(Path, REAL):
             (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(clone / file, tmp_path / file)
+            shutil.copyfile(clone / file, tmp_path / file, follow_symlinks=False)
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), **ENVIRONMENT, **SMOKE_TEST}
     done = subprocess.run(
         [sys.executable, "-c", START], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
