@@ -48,12 +48,17 @@ def named_bases(metadata: Mapping[str, str]) -> Iterator[str]:
 def foreign_base(metadata: Mapping[str, str]) -> str | None:
     """The model for which a LoRA is that is not for FLUX.1, with the file's own word for it."""
     for base in named_bases(metadata):
-        name = re.sub(r"[^a-z0-9]+", "-", base[:1000].lower())
+        name = _plain(base)
         if _FLUX_1.search(name):
             return None
         if family := next((family for family, pattern in _FAMILIES if pattern.search(name)), None):
             return f"a LoRA for {family}, not for FLUX.1 (its metadata says {shown(base)})"
     return None
+
+
+def is_flux_1(base: str) -> bool:
+    """Whether a base model's name is one of FLUX.1's."""
+    return _FLUX_1.search(_plain(base)) is not None
 
 
 def parse_object(text: str) -> dict[str, Any] | None:
@@ -63,3 +68,7 @@ def parse_object(text: str) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return values if isinstance(values, dict) else None
+
+
+def _plain(base: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", base[:1000].lower())

@@ -30,11 +30,14 @@ _FAMILIES = (
         "a LoRA for HunyuanVideo",
         r"(img|txt)_mod~linear|(img|txt)_mlp~fc[12]|blocks\.\d+\.(img|txt)_attn_(qkv|proj)|token_refiner|modulation~linear",
     ),
+    ("a LoRA for Ideogram", r"\blayers~\d+~(attention~o$|adaln_modulation)|adaln_proj"),
     ("a LoRA for Z-Image or Lumina", r"(noise|context)_refiner|\blayers~\d+~(attention|feed_forward|adaLN_modulation)"),
     ("a LoRA for Stable Diffusion 1.5, 2 or SDXL", r"(input|output)_blocks|middle_block|mid_block|(down|up)_blocks~\d"),
     ("a LoRA for LTX-Video, PixArt, CogVideoX or a model like them", r"transformer_blocks~\d+~attn[12]~"),
+    ("a LoRA for ERNIE-Image", r"\blayers~\d+~self_attention~"),
+    ("a LoRA for Krea 2", r"blocks~\d+~(attn~(w[qkvo]|gate|to_gate)|(mlp|ff)~(gate|up|down))$|txtfusion|text_fusion"),
     ("a LoRA for Wan", r"(?<!transformer_)blocks~\d+~((self|cross)_attn~[qkvo]\b|attn[12]~|ffn~)"),
-    ("a LoRA for Cosmos", r"(?<!transformer_)blocks~\d+~(self|cross)_attn~[qkvo]_proj"),
+    ("a LoRA for Cosmos or Anima", r"(?<!transformer_)blocks~\d+~(self|cross)_attn~[qkvo]_proj"),
     ("a LoRA for a language model", r"(?<!encoder)~layers~\d+~(self_attn~[qkvo]_proj|mlp~(gate|up|down)_proj)"),
     ("a LoRA for SDXL", r"^(lora_te2[._]|text_encoder_2\.)text_model"),
 )
@@ -50,7 +53,7 @@ _WIDTHS = {
     1536: "a LoRA for Stable Diffusion 3 Medium",
     2432: "a LoRA for Stable Diffusion 3.5 Large",
     4096: "a LoRA for FLUX.2 [klein] 9B",
-    6144: "a LoRA for FLUX.2 [dev]",
+    6144: "a LoRA for FLUX.2 [dev] or Krea 2",
 }
 _FLUX_WIDTH = 3072
 # Layers of FLUX.2 that Black Forest Labs call as FLUX.1's: their rows and columns, in widths of its blocks.

@@ -100,11 +100,11 @@ def _updates(
         update, dora = kind.build(parts, scale), None
         if part := magnitude_of(parts):
             dora = parts[part], (LYCORIS_EPS if part == "dora_scale" else 0.0)
-        if layer.swapped == "rows" or (layer.swapped == "lora_up" and "up" in parts):
-            order = torch.arange(sum(counts)).roll(sum(counts) // 2)
+        order = torch.arange(sum(counts)).roll(sum(counts) // 2)
+        if layer.swapped == "rows" or (layer.swapped and "up" in parts):
             update = take_rows(update, order)
-            if dora and layer.swapped == "rows" and dora[0].shape[0] > 1:
-                dora = dora[0][order], dora[1]
+        if dora and dora[0].shape[0] > 1 and layer.swapped in ("rows", "lora_up and dora_scale"):
+            dora = dora[0][order], dora[1]
         yield from zip(weights, split(update, dora, tuple(weights), counts), strict=True)
     for part in ("diff_b", "up_bias"):
         if part in parts:

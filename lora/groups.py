@@ -6,7 +6,8 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
-from lora.bases import foreign_base, named_bases
+from lora.about import describe
+from lora.bases import foreign_base, is_flux_1, named_bases
 from lora.errors import LoraError
 from lora.families import may_be_klein, other_family
 from lora.header import Header, Shape, shown
@@ -52,7 +53,8 @@ def group_keys(header: Header, shapes: Shapes, name: str) -> list[Group]:
     """
     if family := foreign_base(header.metadata):
         raise LoraError(f"{name} is {family}.")
-    groups, unknown, wrong = _group(header, Names(shapes), name)
+    names = Names(shapes, header.metadata)
+    groups, unknown, wrong = _group(header, names, name)
     _rename_full_differences(groups, shapes)
     for group in groups:
         wrong += _misfits(group, shapes)
@@ -63,8 +65,16 @@ def group_keys(header: Header, shapes: Shapes, name: str) -> list[Group]:
         return groups
     if error := other_family(header, shapes, name):
         raise error
+    if whole := [key for key in unknown if names.is_parameter(key)]:
+        raise LoraError(
+            f"{name} cannot be used: {_listed([*map(shown, whole)])} are whole weights, not updates of any."
+        )
     if unknown:
-        raise LoraError(f"{name} is not a LoRA for this model: nothing here is called {_listed(unknown)}.")
+        base = describe(header).base_model
+        said = f"; its metadata says that it is for {shown(base)}" if base and not is_flux_1(base) else ""
+        raise LoraError(
+            f"{name} is not a LoRA for this model: nothing here is called {_listed([*map(shown, unknown)])}{said}."
+        )
     raise LoraError(f"{name} cannot be used: {_listed(wrong) or 'it is empty'}.")
 
 
@@ -78,7 +88,7 @@ def _group(header: Header, names: Names, name: str) -> tuple[list[Group], list[s
             log.warning("%s: %s is about a layer that FLUX.1 does not use; it has no effect", name, shown(text))
             continue
         if key is None:
-            unknown.append(shown(text))
+            unknown.append(text)
             continue
         if entry.dtype not in (DTYPES if key.part in ABOUT_OTHERS else FLOATS):
             wrong.append(f"{shown(text)} is of type {entry.dtype}")

@@ -10,7 +10,8 @@ from typing import Literal
 
 COMPONENTS = TRANSFORMER, CLIP, T5 = "transformer", "text_encoder", "text_encoder_2"  # as diffusers calls them
 
-Swapped = Literal["rows", "lora_up"]  # the second half of all rows is first, or of lora_up's alone
+# Where the second half of the rows is first: in all of an update, in lora_up alone, or in lora_up and dora_scale.
+Swapped = Literal["rows", "lora_up", "lora_up and dora_scale"]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ split by itself ("attn_to_q" against "to_out_0"), so every name that a layer may
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -32,11 +32,14 @@ class Dialect:
     layers: Layers = field(default_factory=dict)  # what it calls layers; {} is a block's index
     swapped: Mapping[str, Swapped] = field(default_factory=dict)  # which of `layers` have their second half first
     suffixes: Mapping[str, str] = field(default_factory=dict)  # a part of an update -> regular expression
+    marks: tuple[str, ...] = ()  # the entries of the metadata that this program alone writes
 
 
 _LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 _HADA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 _ADAPTER = r"(\.[^.]+)?"  # PEFT's name of the adapter, as in "lora_A.default.weight"
+# What torch.compile, DistributedDataParallel and FSDP put into the names of what they wrap.
+_WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\.")
 
 # A new dialect is a new entry. Where several have the same prefix, the log names the first of them.
 DIALECTS: tuple[Dialect, ...] = (
@@ -95,6 +98,12 @@ DIALECTS: tuple[Dialect, ...] = (
         },
         swapped={"final_layer.adaLN_modulation.1": "lora_up"},
         suffixes={part: f"_{part}" for part in (*_LOKR, *_HADA)},  # until July 2026
+    ),
+    Dialect(  # since August 2026 also in kohya's, ComfyUI's and Black Forest Labs' names
+        "OneTrainer",
+        layers={"final_layer.adaLN_modulation.1": ORIGINAL["final_layer.adaLN_modulation.1"]},
+        swapped={"final_layer.adaLN_modulation.1": "lora_up and dora_scale"},
+        marks=("ot_branch", "ot_revision"),
     ),
     Dialect("LyCORIS", prefixes={"lycoris_": TRANSFORMER}),
     Dialect("ai-toolkit", prefixes={"lora_te1.": CLIP, "lora_te2.": T5, "lora_te.": CLIP}),
@@ -161,9 +170,10 @@ class Key:
 
 
 class Names:
-    """Every name that a layer of this model may have in a LoRA file."""
+    """Every name that a layer of this model may have in a LoRA file, whose metadata may say which program wrote it."""
 
-    def __init__(self, shapes: Shapes) -> None:
+    def __init__(self, shapes: Shapes, metadata: Collection[str] = ()) -> None:
+        self._writers = tuple(one for one in DIALECTS if any(mark in metadata for mark in one.marks))
         self._spelled = {component: _spell(DIALECTS, component, tuple(named)) for component, named in shapes.items()}
 
     def understand(self, key: str) -> Key | None:
@@ -174,15 +184,21 @@ class Names:
         for component, name, by_prefix in _without_prefix(stem):
             if found := self._find(component, name, by_prefix):
                 layer, by_layer = found
-                writers = (one.name for one in (by_layer, by_suffix, *by_prefix) if one and one.name)
+                writers = (one.name for one in (*self._writers, by_layer, by_suffix, *by_prefix) if one and one.name)
                 dialect = "PEFT" if PEFT_PREFIX in stem else next(writers, "" if by_prefix else "bare")
                 return Key(layer, part, stem, name, dialect)
         return None
 
+    def is_parameter(self, key: str) -> bool:
+        """Whether it names a weight of this model itself, as PEFT's modules_to_save and Control LoRAs hold some."""
+        stem, dot, kind = key.rpartition(".")
+        return dot != "" and kind in ("weight", "bias", "scale") and self.understand(f"{stem}.diff") is not None
+
     def _find(self, component: str, name: str, by_prefix: tuple[Dialect, ...]) -> tuple[Layer, Dialect | None] | None:
-        """The layer so called and whose name it is: that of a dialect with the key's prefix, diffusers' own, any."""
+        """The layer so called and whose name it is: that of a dialect with the key's prefix, of the program that wrote
+        the file, diffusers' own, any."""
         spelled = self._spelled.get(component, {})
-        in_turn = [*by_prefix, None, *DIALECTS]
+        in_turn = [*by_prefix, *self._writers, None, *DIALECTS]
         for one in (name, re.sub(r"([._])processor[._]", r"\1", name)):  # so were attention's layers called before PEFT
             for dialect in in_turn:
                 if layer := spelled.get(dialect, {}).get(one):
@@ -231,7 +247,7 @@ def _suffixes(dialects: tuple[Dialect, ...]) -> list[tuple[Dialect, str, re.Patt
 
 def _without_prefix(stem: str) -> Iterator[tuple[str, str, tuple[Dialect, ...]]]:
     """What the stem may be about: a component, the layer's name and the dialects that have its prefix."""
-    name = stem.replace(PEFT_PREFIX, "", 1)
+    name = _WRAPPERS.sub("", stem.replace(PEFT_PREFIX, "", 1))
     for prefix, (component, dialects) in _prefixes(DIALECTS).items():
         if name.startswith(prefix):
             yield component, name.removeprefix(prefix), dialects

@@ -50,6 +50,9 @@ _OTHERS = (
     ("an OFT or BOFT adapter", re.compile(r"\.b?oft_")),
     ("a GLoRA adapter", re.compile(r"\.[ab][12]\.weight$|\.glora_")),
     ("an AdaLoRA adapter", re.compile(r"\.lora_E$")),
+    ("a SingLoRA adapter", re.compile(r"\.lora_training_steps$")),
+    ("a LyCORIS adapter of the kind IA3", re.compile(r"\.on_input$")),
+    ("a LyCORIS adapter of the kind T-LoRA", re.compile(r"\.lambda_layer$")),
     ("an EasyControl LoRA", re.compile(r"\.(q|k|v|proj)_loras\.\d+\.")),
 )
 

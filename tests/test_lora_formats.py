@@ -224,6 +224,10 @@ RENAMED = [
     ("kohya", r"\.lora_(up|down)\.", lambda match: {"up": ".lora_B.", "down": ".lora_A."}[match[1]]),
     ("LyCORIS", r"^lycoris_", "lora_unet_"),
     ("XLabs", r"^", "diffusion_model."),
+    ("diffusers", r"^transformer\.", "transformer._orig_mod."),  # trained with torch.compile
+    ("PEFT", r"blocks\.(\d)\.", r"blocks.\1._orig_mod."),  # block by block
+    ("PEFT", r"^base_model\.model\.", "base_model.model.module."),  # on several GPUs
+    ("diffusers", r"blocks\.(\d)\.", r"blocks.\1._fsdp_wrapped_module."),
 ]
 
 
@@ -307,6 +311,27 @@ def test_onetrainers_omi_files(kind: str, shapes: Shapes, base: Base, read: Read
         swapped = name == "transformer.final_layer.adaLN_modulation.1.lora_up.weight"
         tensors[name] = tensor.roll(len(tensor) // 2, 0) if swapped else tensor
     file.tensors = tensors
+    lora = read(file)
+    assert lora.dialect == "OneTrainer"
+    assert_makes(lora, file, base)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora_out", "dora_in", "loha", "lokr"])
+@pytest.mark.parametrize("prefix", ["lora_unet_", "diffusion_model.", ""])
+def test_onetrainers_kohya_comfyui_and_original_files(
+    kind: str, prefix: str, shapes: Shapes, base: Base, read: Read
+) -> None:
+    """Since August 2026 it swaps halves in lora_up and in dora_scale, but in no factor of LoHa and LoKr."""
+    file = make_lora(shapes, "diffusers", kind, alpha=3, only="norm_out")
+    name = "final_layer.adaLN_modulation.1"
+    stem = prefix + (name.replace(".", "_") if prefix.endswith("_") else name)
+    tensors = {}
+    for key, tensor in file.tensors.items():
+        part = key.removeprefix("transformer.norm_out.linear.")
+        swapped = part == "lora_B.weight" or (part == "dora_scale" and len(tensor) > 1)
+        part = part.replace("lora_A", "lora_down").replace("lora_B", "lora_up") if prefix.endswith("_") else part
+        tensors[f"{stem}.{part}"] = tensor.roll(len(tensor) // 2, 0) if swapped else tensor
+    file.tensors, file.metadata = tensors, {"ot_branch": "master", "ot_revision": "23df383"}
     lora = read(file)
     assert lora.dialect == "OneTrainer"
     assert_makes(lora, file, base)
@@ -818,6 +843,12 @@ def test_an_alpha_without_a_meaning_is_not_looked_at(shapes: Shapes, base: Base,
         ),
         (lambda tensors: tensors.update({"\n" * 5000: torch.ones(1)}), r"nothing here is called '\\n"),
         (
+            lambda tensors: tensors.update(
+                {"transformer.proj_out.weight": torch.ones(64, 16)}
+            ),  # PEFT's modules_to_save
+            r"cannot be used: transformer.proj_out.weight are whole weights, not updates",
+        ),
+        (
             lambda tensors: tensors.update({"lora_unet_single_blocks_1_linear2.diff": torch.ones(16, 80)}),
             r"single_blocks_1_linear2\b.* are about the same weight and differ",
         ),
@@ -902,6 +933,14 @@ OTHER_FAMILIES = [
     ("single_transformer_blocks.0.norm.linear.lora_up", (9216, 16), "Nunchaku"),
     ("transformer_blocks.0.attn.processor.q_loras.0.down.weight", (128, 3072), "an EasyControl LoRA"),
     ("base_model.model.transformer_blocks.0.attn.to_q.lora_E", (4, 1), "an AdaLoRA adapter, which is not supported"),
+    ("transformer.transformer_blocks.0.attn.to_q.lora_training_steps", (1,), "a SingLoRA adapter"),
+    ("lycoris_transformer_blocks_0_attn_to_q.on_input", (1,), "a LyCORIS adapter of the kind IA3"),
+    ("lycoris_transformer_blocks_0_attn_to_q.lambda_layer", (1, 4), "a LyCORIS adapter of the kind T-LoRA"),
+    ("diffusion_model.blocks.0.attn.wq.lora_A.weight", (4, 6144), "Krea 2"),
+    ("transformer.transformer_blocks.0.attn.to_gate.lora_A.weight", (4, 6144), "Krea 2"),
+    ("transformer.transformer_blocks.0.attn.to_q.lora_A.weight", (4, 6144), r"FLUX.2 \[dev\] or Krea 2"),
+    ("diffusion_model.layers.0.attention.o.lora_A.weight", (4, 4608), "Ideogram"),
+    ("diffusion_model.layers.0.self_attention.to_q.lora_A.weight", (4, 4096), "ERNIE-Image"),
     ("base_model.model.transformer_blocks.0.attn.to_q.new_thing", (4,), "an adapter of a kind that is not known"),
     ("transformer_blocks.0.attn.to_q.new_thing", (4,), "an adapter of a kind that is not known"),
     ("double_blocks.0.img_attn.norm.query_norm.scale", (8,), "a FLUX.1 Control LoRA"),
@@ -1020,6 +1059,15 @@ def test_what_metadata_names_is_not_taken_for_flux_1(shapes: Shapes, base: Base,
         file = make_lora(shapes, "PEFT", only="attn", alpha=4)
         file.metadata = metadata
         assert_makes(read(file), file, base)
+
+
+def test_an_unknown_family_is_told_by_its_metadata(read: Read) -> None:
+    for metadata, says in (
+        ({"ss_base_model_version": "new_1"}, "; its metadata says that it is for new_1."),
+        (OURS[0], ""),
+    ):
+        file = LoraFile({f"diffusion_model.new.{i}.lora_A.weight": torch.ones(1, 1) for i in "ab"}, metadata)
+        assert refusal(read, file).endswith(f"diffusion_model.new.b.lora_A.weight{says or '.'}")
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def _ranks(header: Header) -> str:
 
 def _dialect(header: Header) -> str:
     """Whose names most of the transformer's keys have."""
-    names = Names({TRANSFORMER: dict.fromkeys(_layers(), ())})
+    names = Names({TRANSFORMER: dict.fromkeys(_layers(), ())}, header.metadata)
     found = Counter(key.dialect for key in map(names.understand, header.entries) if key and key.dialect)
     return found.most_common(1)[0][0] if found else ""
 
