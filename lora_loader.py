@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, TypeAlias, get_args
 
-from fetch.sources import FetchedLora, fetch_lora, fetch_weights
+from fetch.fetched import FetchedLora
+from fetch.sources import fetch_lora, fetch_weights
 from flux.models import Flux, Models, residency_of
 from lora.about import describe
 from lora.formats import Adapter, read_lora

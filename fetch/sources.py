@@ -13,24 +13,25 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Literal, TypeVar, assert_never
+from typing import Literal, assert_never
 
 from fetch import trigger_words
 from fetch.cache import CacheEntry, LoraCache
 from fetch.content import check_content
 from fetch.downloads import download
 from fetch.errors import CacheError, UnavailableError
+from fetch.fetched import FetchedLora
 from fetch.files import LARGEST_CONFIG, add_metadata, check_lora_file, extract_lora, is_tar
 from fetch.hub import Source
+from fetch.in_place import check_in_place
 from fetch.limits import FetchLimits, too_large
 from fetch.network import Cancellation, Client
 from fetch.references import parse_reference
 from fetch.remote import Downloaded, RemoteFile
-from fetch.web import DataUri, LocalFile, WebFile
+from fetch.web import DataUri, FolderFile, LocalFile, WebFile
 from lora.errors import LoraError
 from lora.header import CONFIG_FILE
 from service.threads import TimeLimitError, call_on_new_thread
@@ -40,32 +41,6 @@ log = logging.getLogger("flux-lora")
 
 DEFAULT_LIMITS = FetchLimits()
 PARTS = ("download", "config", "member", "with-config")  # the temporary files of one fetch
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class FetchedLora:
-    """A LoRA in the cache, from which it may be evicted at any time; who has opened it can still read it."""
-
-    path: Path
-    origin: Literal["disk", "download"]  # where it came from this time
-    name: str  # for people
-    sha256: str
-    fetch_again: Callable[[], "FetchedLora"] = field(repr=False, compare=False)
-
-    def read(self, read: Callable[["FetchedLora"], T]) -> T:
-        """What `read` makes of it. If it was evicted before `read` opened its path (`FileNotFoundError`), it is fetched
-        once more. Raises `LoraError` when it is evicted again."""
-        try:
-            return read(self)
-        except FileNotFoundError:
-            fetched = self.fetch_again()
-        try:
-            return read(fetched)
-        except FileNotFoundError:
-            raise LoraError(
-                f"{self.name} was evicted from the cache before it was read: LORA_CACHE_GB is too small."
-            ) from None
 
 
 def fetch_lora(reference: str, settings: Settings, limits: FetchLimits = DEFAULT_LIMITS) -> FetchedLora:
@@ -137,7 +112,7 @@ class _Fetch:
             origin,
             self.source.label,
             entry.sha256,
-            lambda: _fetch(self.source, self.settings, self.limits),
+            self._again,
         )
 
     def use_copy(self, known: CacheEntry, error: UnavailableError) -> FetchedLora:
@@ -145,8 +120,11 @@ class _Fetch:
         return self.fetched(known, "disk")
 
     def run(self) -> FetchedLora:
-        """Bring it into the cache unless it is there. Raises `LoraError` and `FetchCancelledError`."""
+        """Bring it into the cache unless it is there or can be read where it lies. Raises `LoraError` and
+        `FetchCancelledError`."""
         source, cache = self.source, self.cache
+        if isinstance(source, FolderFile) and not _config_file(path := source.path(self.settings)).is_file():
+            return self._where_it_lies(path)
         try:
             cache.prepare()
             with cache.lock(source.key, self.cancellation):
@@ -166,6 +144,14 @@ class _Fetch:
             raise CacheError(
                 f"LORA_CACHE_DIR is {cache.folder}, which cannot be used: {error.strerror or error}."
             ) from None
+
+    def _where_it_lies(self, path: Path) -> FetchedLora:
+        label = self.source.label
+        status, sha256 = check_in_place(path, label, self.settings.lora_max_bytes, self.cancellation)
+        return FetchedLora(path, "disk", label, sha256, self._again, status)
+
+    def _again(self) -> FetchedLora:
+        return _fetch(self.source, self.settings, self.limits)
 
     def _part(self, kind: str) -> Path:
         return self.cache.part(self.source.key, kind)
@@ -273,8 +259,13 @@ class _Fetch:
         return self.cache.add(part, downloaded, *keys)
 
 
+def _config_file(path: Path) -> Path:
+    """Where PEFT's configuration of the adapter in a file would be."""
+    return path.with_name(CONFIG_FILE)
+
+
 def _config_beside(path: Path) -> bytes | None:
-    beside = path.with_name(CONFIG_FILE)
+    beside = _config_file(path)
     return beside.read_bytes()[:LARGEST_CONFIG] if beside.is_file() else None
 
 

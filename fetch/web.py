@@ -83,7 +83,10 @@ class FolderFile(Source):
     immutable = False
 
     def resolve(self, settings: Settings, client: Client) -> Path:
-        """Nothing outside the folder is opened, wherever a link leads."""
+        return self.path(settings)
+
+    def path(self, settings: Settings) -> Path:
+        """Nothing outside the folder is opened, wherever a link leads. Raises `LoraError`."""
         if settings.lora_folder is None:
             raise LoraError(f"{self.name!r} is the name of a file, and LORA_FOLDER names no folder: use {ACCEPTED}.")
         folder = settings.lora_folder.resolve()

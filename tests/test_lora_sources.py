@@ -29,13 +29,14 @@ from safetensors import safe_open
 
 from fetch import references
 from fetch.civitai import CivitaiModel
+from fetch.fetched import FetchedLora
 from fetch.files import choose_file
 from fetch.hub import Source
 from fetch.hugging_face import HuggingFaceRepo
 from fetch.limits import FetchLimits
 from fetch.references import parse_reference
 from fetch.replicate import ReplicateModel
-from fetch.sources import FetchedLora, fetch_lora, fetch_weights
+from fetch.sources import fetch_lora, fetch_weights
 from fetch.web import DataUri, FolderFile, WebFile
 from lora.about import describe
 from lora.errors import LoraError
@@ -1083,6 +1084,9 @@ def test_a_file_in_the_operators_folder_is_named_by_its_name_alone(
     assert (fetched.read(content), fetched.name) == (LORA, "my own.safetensors")
     (folder / "my own.safetensors").write_bytes(lora_file(1))
     assert fetch("my own.safetensors", **allowed).read(content) == lora_file(1)
+    (folder / "broken.safetensors").write_bytes(LORA[:-1])
+    with pytest.raises(LoraError, match=r"^broken\.safetensors is not a whole safetensors file"):
+        fetch("broken.safetensors", **allowed)
     with pytest.raises(LoraError, match="is the name of a file, and LORA_FOLDER names no folder"):
         fetch("my own.safetensors")
     for name in ("link.safetensors", "nothing.safetensors"):
@@ -1098,6 +1102,32 @@ def test_a_file_in_the_operators_folder_is_named_by_its_name_alone(
         with pytest.raises(LoraError, match="does not name a LoRA"):
             fetch(name, **allowed)
     assert not web.asked
+
+
+def test_a_file_in_the_operators_folder_is_read_where_it_lies(
+    web: Web, fetch: Callable[..., FetchedLora], tmp_path: Path
+) -> None:
+    """Without a copy, and never as another than the one whose hash is known."""
+    path = tmp_path / "loras" / "mine.safetensors"
+    path.parent.mkdir()
+    path.write_bytes(LORA)
+    allowed = {"LORA_FOLDER": str(path.parent)}
+    fetched = fetch("mine.safetensors", **allowed)
+    assert (fetched.path, fetched.origin, fetched.sha256) == (path, "disk", hashlib.sha256(LORA).hexdigest())
+    assert not list(tmp_path.glob("files/*"))
+
+    contents = [lora_file(1, 2600), lora_file(2, 2700), lora_file(3, 2800)]
+
+    def read(fetched: FetchedLora) -> tuple[str, bytes]:
+        """Its owner changes the file first, as often as there are contents."""
+        if contents:
+            path.write_bytes(contents.pop())
+        return fetched.sha256, content(fetched)
+
+    with pytest.raises(LoraError, match=r"mine\.safetensors was changed while it was read"):
+        fetch("mine.safetensors", **allowed).read(read)
+    last = lora_file(1, 2600)
+    assert fetch("mine.safetensors", **allowed).read(read) == (hashlib.sha256(last).hexdigest(), last)
 
 
 # Trigger words

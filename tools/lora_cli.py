@@ -9,8 +9,9 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 
+from fetch.fetched import FetchedLora
 from fetch.references import ACCEPTED
-from fetch.sources import FetchedLora, fetch_lora
+from fetch.sources import fetch_lora
 from lora.about import describe
 from lora.errors import LoraError
 from lora.header import Header, read_header
