@@ -25,8 +25,15 @@ from settings import Settings
 FLUX_1 = "flux.1"  # its names of base models: "Flux.1 D", "Flux.1 S", "Flux.1 Krea", "Flux.1 Kontext"
 NEVER_FLUX = ("sd ", "sdxl", "pony", "illustrious", "noobai")  # how the names of Stable Diffusion's begin
 LORA_TYPES = ("LORA", "LoCon", "DoRA")
+COMMERCIAL_USES = {
+    "Image": "images",
+    "RentCivit": "CivitAI's own generator",
+    "Rent": "generation services",
+    "Sell": "selling the model or merges of it",
+}
 MOST_JSON = 32 * 10**6  # bytes
-CHOICES = ("type", "format", "size", "fp", "fileid", "modelfileid")  # what an address may say of a version's file
+# What an address of its downloads may say of a version's file (civitai/civitai, api/download/models), in lower case.
+CHOICES = ("type", "format", "size", "fp", "quanttype", "fileid")
 NUMBER = r"\d{1,18}"
 
 Json = dict[str, Any]
@@ -73,7 +80,7 @@ class CivitaiModel(Source):
             return client.retrying(lambda: _read_json(client, about))
 
         try:
-            version = _choose_version(self, ask)
+            page, version = _choose_version(self, ask)
             if not token:
                 _check_access(self, version, ask)
             file = _choose_file(version, self)
@@ -81,14 +88,17 @@ class CivitaiModel(Source):
             words = trigger_words.clean(version.get("trainedWords") or [])
             hashes = {str(kind).upper(): value for kind, value in (file.get("hashes") or {}).items()}
             sha256 = str(hashes["SHA256"]) if hashes.get("SHA256") else None
-            query = urlsplit(str(file.get("downloadUrl") or "")).query  # which of a version's files it is
+            # which of a version's files it is: only its id tells files of the same format, size and precision apart
+            by_id = any(name == "fileid" for name, _ in self.choice)
+            query = f"fileId={file['id']}" if by_id else urlsplit(str(file.get("downloadUrl") or "")).query
+            licence = permissions(page)
         except LoraError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError):
             raise _not_understood(self.label) from None
         url = f"{endpoint}/api/download/models/{number}" + (f"?{query}" if query else "")
         key = CivitaiModel(None, number, self.token, self.choice).key
-        return replace(remote, url=url, sha256=sha256, key=key, trigger_words=words)
+        return replace(remote, url=url, sha256=sha256, key=key, trigger_words=words, licence=licence)
 
 
 def _read_json(client: Client, remote: RemoteFile) -> Json:
@@ -104,8 +114,10 @@ def _read_json(client: Client, remote: RemoteFile) -> Json:
     return document
 
 
-def _choose_version(source: CivitaiModel, ask: Ask) -> Json:
-    """The version that is meant. Raises `LoraError`, which says what it is for when that is not FLUX.1."""
+def _choose_version(source: CivitaiModel, ask: Ask) -> tuple[Json, Json]:
+    """The model's page, empty where only the version was asked for, and the version that is meant. Raises `LoraError`,
+    which says what it is for when that is not FLUX.1."""
+    page: Json = {}
     if source.version is not None:
         versions = [ask(f"model-versions/{source.version}")]
         kind = versions[0].get("model", {}).get("type")
@@ -122,13 +134,13 @@ def _choose_version(source: CivitaiModel, ask: Ask) -> Json:
     if not versions:
         raise LoraError(f"{source.label} has no version that is published.")
     if source.version is not None and not bases[0].lower().startswith(NEVER_FLUX):
-        return versions[0]  # its file says what it is: labels are often wrong, or newer than these lines
+        return page, versions[0]  # its file says what it is: labels are often wrong, or newer than these lines
     fitting = [version for version in versions if _base(version).startswith(FLUX_1)]
     if not fitting:
         raise LoraError(
             f"{source.label} is for {', '.join(map(shown, bases[:8])) or 'no base model at all'}, not for FLUX.1."
         )
-    return _newest(fitting)
+    return page, _newest(fitting)
 
 
 def _base(version: Json) -> str:
@@ -187,16 +199,35 @@ def _choose_file(version: Json, source: CivitaiModel) -> Json:
 
 def _matches(file: Json, name: str, value: str) -> bool:
     """What CivitAI does not say of a file rules nothing out."""
-    if name in ("fileid", "modelfileid"):
+    if name == "fileid":
         return str(file.get("id")) == value
-    known = file.get("type", "Model") if name == "type" else (file.get("metadata") or {}).get(name)
+    metadata = {key.lower(): known for key, known in (file.get("metadata") or {}).items()}
+    known = file.get("type", "Model") if name == "type" else metadata.get(name)
     return known is None or str(known).lower() == value
 
 
 def _traits(file: Json) -> str:
     metadata = file.get("metadata") or {}
-    traits = [f"{name}={metadata[name]}" for name in ("format", "size", "fp") if metadata.get(name)]
+    traits = [f"{name}={metadata[name]}" for name in ("format", "size", "fp", "quantType") if metadata.get(name)]
+    traits += [f"fileId={file['id']}"] if file.get("id") else []
     return f"{str(file.get('name'))[:100]} ({' '.join(traits) or 'no more is known of it'})"
+
+
+def permissions(page: Json) -> str | None:
+    """What a model's author allows, by the flags of its page; None where they are not there."""
+    flags = ("allowNoCredit", "allowCommercialUse", "allowDerivatives", "allowDifferentLicense")
+    if not all(flag in page for flag in flags):
+        return None
+    uses = set(re.findall(r"\w+", str(page["allowCommercialUse"])))  # of a list, or of text as in "{Image,Rent}"
+    allowed = [what for use, what in COMMERCIAL_USES.items() if use in uses]
+    return "; ".join(
+        (
+            "no credit needed" if page["allowNoCredit"] else "credit to the author",
+            f"commercial use: {', '.join(allowed) or 'none'}",
+            "merges may be shared" if page["allowDerivatives"] else "no merges",
+            *(() if page["allowDifferentLicense"] else ("merges under the same permissions",)),
+        )
+    )
 
 
 def _not_understood(label: str) -> LoraError:

@@ -18,7 +18,7 @@ from fetch.files import KNOWN_NAMES, choose_file, config_beside
 from fetch.hub import Address, Hub, Source
 from fetch.network import Client
 from fetch.remote import RemoteFile
-from fetch.trigger_words import of_card
+from fetch.trigger_words import clean, of_card
 from lora.errors import LoraError
 from lora.header import shown
 from service.hugging_face import refusal, refusal_of
@@ -99,6 +99,7 @@ class HuggingFaceRepo(Source):
             key=HuggingFaceRepo(self.repo, commit, name, self.token).key,
             config_url=url(config) if config else None,
             trigger_words=of_card(info.card),
+            licence=_licence(info.card),
         )
 
 
@@ -152,6 +153,18 @@ def _read_info(text: bytes) -> Info:
         files[name] = File(size, None if sha256 is None else str(sha256))
     card = document.get("cardData")
     return Info(commit, files, card if isinstance(card, dict) else {})
+
+
+def _licence(card: Mapping[str, Any]) -> str | None:
+    """The licence that a repo's card names; its own name and address where it is none of the well-known ones
+    (huggingface.co/docs/hub/repositories-licenses)."""
+    known, name, link = (card.get(field) for field in ("license", "license_name", "license_link"))
+    texts = clean(known if isinstance(known, list) else [known])
+    if texts in ((), ("other",)):
+        texts = clean([name]) or texts
+    if texts and isinstance(link, str) and link.startswith("https://"):
+        texts += clean([link])
+    return ", ".join(texts) or None
 
 
 def _choose_lora(source: HuggingFaceRepo, files: Files) -> str:

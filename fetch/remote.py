@@ -31,6 +31,7 @@ class RemoteFile:
     key: str | None = None  # the cache's name of this very version of the file, which never changes
     config_url: str | None = None  # of PEFT's configuration beside it
     trigger_words: tuple[str, ...] = ()  # that its hub names
+    licence: str | None = None  # as its hub has it
 
 
 @dataclass(frozen=True)

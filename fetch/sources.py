@@ -40,6 +40,7 @@ from settings import MB, Settings
 log = logging.getLogger("flux-lora")
 
 DEFAULT_LIMITS = FetchLimits()
+LICENCE = "modelspec.license"  # ModelSpec's entry for it (github.com/Stability-AI/ModelSpec)
 PARTS = ("download", "config", "member", "with-config")  # the temporary files of one fetch
 
 
@@ -194,7 +195,7 @@ class _Fetch:
             about = replace(remote, url=remote.config_url, sha256=None, size=None)
             download(client, about, self._part("config"), LARGEST_CONFIG, self.cache.make_room)
             config = self._part("config").read_bytes()
-        stored = self._store(downloaded, config, remote.key, remote.trigger_words)
+        stored = self._store(downloaded, config, remote.key, remote.trigger_words, remote.licence)
         log.info("%s: fetched %.1f MB in %.1f s", label, stored.size / MB, time.monotonic() - started)
         return self.fetched(stored, "download")
 
@@ -237,9 +238,10 @@ class _Fetch:
         config: bytes | None = None,
         other_key: str | None = None,
         words: tuple[str, ...] = (),
+        licence: str | None = None,
     ) -> CacheEntry:
-        """Unpack and check what was downloaded, and put it into the cache. PEFT's configuration and the trigger words
-        go into the file's own metadata, so that a LoRA is one file."""
+        """Unpack and check what was downloaded, and put it into the cache. PEFT's configuration, the trigger words and
+        the licence go into the file's own metadata, so that a LoRA is one file."""
         label, part = self.source.label, self._part("download")
         if is_tar(part):
             member = self._part("member")
@@ -250,6 +252,7 @@ class _Fetch:
         check_lora_file(part, label)
         metadata = {} if config is None else {CONFIG_FILE: config.decode(errors="replace")}
         metadata |= {trigger_words.ENTRY: ", ".join(words)} if words else {}
+        metadata |= {LICENCE: licence} if licence else {}
         if metadata:
             complete = self._part("with-config")
             sha256 = add_metadata(part, complete, metadata, label, self.cancellation)

@@ -467,8 +467,11 @@ def test_an_address_chooses_among_the_files_of_a_version(web: Web, fetch: Callab
     address = "https://civitai.com/api/download/models/70?type=Model&format=SafeTensor"
     assert fetch(f"{address}&size=full&fp=fp32").read(content) == LORA
     web.files["/api/download/models/70"] = second
-    for query in ("&size=pruned&fp=fp16", "&fileId=6"):
+    for query, asked in (("&size=pruned&fp=fp16", "type=Model"), ("&fileId=6", "fileId=6")):
         assert fetch(address + query).read(content) == second
+        assert web.downloads()[-1].query == asked
+    with pytest.raises(LoraError, match=r"with .*fileid=7; there are lora.safetensors \(format=.* fileId=5\), small"):
+        fetch(f"{address}&fileId=7")
     with pytest.raises(LoraError, match=r"no \.safetensors file with .*fp=bf16; there are lora.safetensors \(format="):
         fetch(f"{address}&fp=bf16")
 
@@ -1163,6 +1166,43 @@ def test_trigger_words_come_with_the_file(web: Web, fetch: Callable[..., Fetched
             fetched = fetch(reference)
             assert (words(fetched), fetched.origin) == (found, origin)
             assert safetensors_bytes(fetched.read(content)) == safetensors_bytes(LORA)
+
+
+FLAGS = {"allowNoCredit": False, "allowCommercialUse": ["Image", "RentCivit"], "allowDerivatives": True}
+SAID = "credit to the author; commercial use: images, CivitAI's own generator; merges may be shared"
+
+
+@pytest.mark.parametrize(
+    ("published", "licence"),
+    [
+        ({}, None),
+        ({"license": "apache-2.0"}, "apache-2.0"),
+        ({"license": "other"}, "other"),
+        (
+            {"license": "other", "license_name": "flux-1-dev", "license_link": "https://x.example/LICENSE.md"},
+            "flux-1-dev, https://x.example/LICENSE.md",
+        ),
+        ({"license": ["mit", 5, "cc0-1.0"], "license_name": 5, "license_link": "LICENSE.md"}, "mit, cc0-1.0"),
+        ({**FLAGS, "allowDifferentLicense": False}, f"{SAID}; merges under the same permissions"),
+        ({**FLAGS, "allowCommercialUse": "{Image,RentCivit}", "allowDifferentLicense": True}, SAID),
+        (
+            {**FLAGS, "allowNoCredit": True, "allowCommercialUse": None, "allowDerivatives": False,
+             "allowDifferentLicense": True},
+            "no credit needed; commercial use: none; no merges",
+        ),
+        (FLAGS, None),
+    ],
+)  # fmt: skip
+def test_the_licence_comes_with_the_file(
+    web: Web, fetch: Callable[..., FetchedLora], published: dict[str, Any], licence: str | None
+) -> None:
+    if "allowNoCredit" in published:
+        web.civitai(7, {70: ("Flux.1 D", LORA)})
+        web.pages["/api/v1/models/7"] |= published
+    else:
+        web.hugging_face("acme/lora", {"x.safetensors": LORA}, card=published)
+    fetched = fetch("civitai.com/models/7" if "allowNoCredit" in published else "huggingface.co/acme/lora")
+    assert describe(read_header(fetched.path, fetched.name)).license == licence
 
 
 # The command

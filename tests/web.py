@@ -44,6 +44,7 @@ class Request(NamedTuple):
     method: str
     path: str
     headers: dict[str, str]
+    query: str = ""
 
 
 @dataclass
@@ -159,8 +160,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
-        web, path = self.state, unquote(urlsplit(self.path).path)
-        web.asked.append(Request(self.command, path, dict(self.headers)))
+        web, url = self.state, urlsplit(self.path)
+        path = unquote(url.path)
+        web.asked.append(Request(self.command, path, dict(self.headers), url.query))
         token = next((token for start, token in web.tokens.items() if path.startswith(start)), None)
         if web.failing:
             self._answer(web.failing, b"")
