@@ -20,6 +20,7 @@ from lora.errors import LoraError
 
 T = TypeVar("T")
 MOST_REDIRECTS = 5
+BROKEN = "the connection broke"
 
 
 class Cancellation:
@@ -164,15 +165,15 @@ class Client:
         timeouts = (self.limits.connect_timeout, self.limits.read_timeout)
         try:
             response = self._session.get(url, headers=sent, stream=True, allow_redirects=False, timeout=timeouts)
+        except LoraError:
+            raise
+        except ValueError:  # requests' own words for a bad address may show all of it
+            raise LoraError(f"{host_of(url)} is not an address that can be opened.") from None
         except (requests.ConnectionError, requests.Timeout, HTTPError, OSError) as error:
             self.cancellation.check()
             raise UnavailableError(
                 f"{label}: {host_of(url)} cannot be reached ({plain_reason(error)}).", retry_after=0
             ) from None
-        except LoraError:
-            raise
-        except ValueError:  # requests' own words for a bad address may show all of it
-            raise LoraError(f"{host_of(url)} is not an address that can be opened.") from None
         with self.cancellation.reading(response):
             yield response
 
@@ -228,10 +229,21 @@ def plain_reason(error: BaseException) -> str:
         ("timed out", "no answer in time"),
         ("refused", "it refuses connections"),
         ("Proxy", "the proxy does not let it through"),
+        ("unreachable", "no network leads there"),
+        ("No route", "no network leads there"),
+        ("BadStatusLine", "what it answers is not HTTP"),
+        ("LineTooLong", "what it answers is not HTTP"),
+        ("reset", BROKEN),
+        ("aborted", BROKEN),
+        ("Broken", BROKEN),
+        ("broken", BROKEN),
+        ("IncompleteRead", BROKEN),
+        ("EOF", BROKEN),
+        ("SSL", "TLS with it fails"),
     ):
         if part in text:
             return reason
-    return "the connection broke"
+    return type(error).__name__
 
 
 def _origin(url: str) -> tuple[str, str | None, int | None]:

@@ -34,6 +34,7 @@ from fetch.files import choose_file
 from fetch.hub import Source
 from fetch.hugging_face import HuggingFaceRepo
 from fetch.limits import FetchLimits
+from fetch.network import plain_reason
 from fetch.references import parse_reference
 from fetch.replicate import ReplicateModel
 from fetch.sources import fetch_lora, fetch_weights
@@ -750,6 +751,17 @@ def test_a_name_is_resolved_once_and_every_address_counts(
         with pytest.raises(LoraError, match=r"rebind\.test is on a private network"):
             fetch(f"http://rebind.test:{port}/x.safetensors", LORA_ALLOW_PRIVATE_HOSTS="0")
     assert not web.asked
+
+
+def test_why_a_server_cannot_be_reached_is_said(web: Web, fetch: Callable[..., FetchedLora]) -> None:
+    """Not every error is a broken connection, and what is no address is not tried again."""
+    for address, says in (
+        (web.url.replace("http:", "https:"), r"cannot be reached \(TLS with it fails\)"),
+        (f"https://{'a' * 70}.example", "is not an address that can be opened"),
+    ):
+        with pytest.raises(LoraError, match=says):
+            fetch(f"{address}/x.safetensors")
+    assert plain_reason(RuntimeError("something of https://x.example/?token=secret")) == "RuntimeError"
 
 
 def test_redirects_end(web: Web, fetch: Callable[..., FetchedLora]) -> None:
