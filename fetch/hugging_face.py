@@ -52,22 +52,24 @@ class Info:
 
 @dataclass(frozen=True)
 class HuggingFaceRepo(Source):
-    """A repo, at a branch, tag or commit (None: main), and a file of it (None: the one that is the LoRA). The token is
-    one that was in the pasted address."""
+    """A repo, at a branch, tag or commit (None: main), and a file of it (None: the one that is the LoRA, of a folder
+    where one is named). The token is one that was in the pasted address."""
 
     repo: str
     revision: str | None = None
     file: str | None = None
     token: str | None = field(default=None, repr=False)
+    folder: str = ""
 
     @property
     def identity(self) -> tuple[object, ...]:
-        return (self.repo, self.revision, self.file, *([self.token] if self.token else []))
+        more = [one for one in (self.token, self.folder and f"{self.folder}/") if one]
+        return (self.repo, self.revision, self.file, *more)
 
     @property
     def label(self) -> str:
         at = f"@{self.revision}" if self.revision else ""
-        return f"huggingface.co/{self.repo}{at}" + (f"/{self.file}" if self.file else "")
+        return "/".join(part for part in (f"huggingface.co/{self.repo}{at}", self.folder, self.file) if part)
 
     @property
     def immutable(self) -> bool:
@@ -80,7 +82,7 @@ class HuggingFaceRepo(Source):
         """The file at the commit that the revision is now."""
         info = client.retrying(lambda: _model_info(self, settings, client))
         files = info.files
-        name = self.file or _choose_lora(self, files)
+        name = self.file or _choose_lora(self, _within(self.folder, files))
         if name not in files:
             raise LoraError(f"{self.label} does not exist: the repo {_file_list(files)}.")
         file, commit = files[name], info.commit or self.revision or "main"
@@ -180,6 +182,11 @@ def _choose_lora(source: HuggingFaceRepo, files: Files) -> str:
     raise LoraError(f"{source.label} {_file_list(files)}{hint}.")
 
 
+def _within(folder: str, files: Files) -> Files:
+    """Those in a folder of the repo."""
+    return {name: file for name, file in files.items() if not folder or name.startswith(f"{folder}/")}
+
+
 def _file_list(files: Files) -> str:
     names = sorted(_safetensors(files))
     if not names:
@@ -193,7 +200,8 @@ def _safetensors(files: Files) -> list[str]:
 
 
 def _parse(address: Address) -> HuggingFaceRepo | None:
-    """huggingface.co/<owner>/<name>, then nothing, a file, or what a browser shows: /resolve, /blob, /raw and /tree.
+    """huggingface.co/<owner>/<name>, then nothing, a file, or what a browser shows: /resolve, /blob, /raw, and /tree
+    with a folder.
 
     ?weight_name= names the file as diffusers' `load_lora_weights` does, with ?subfolder= and ?revision=.
     """
@@ -204,15 +212,17 @@ def _parse(address: Address) -> HuggingFaceRepo | None:
         return None
     repo, query = "/".join(owner_and_name), address.query
     revision, token = query.get("revision") or None, query.get("token") or None
+    folder = rest[:1] == ["tree"] or bool(query.get("subfolder") and not query.get("weight_name"))
     if rest and rest[0] in ("resolve", "blob", "raw", "tree") and len(rest) > 1:
         revision, rest = rest[1], rest[2:] if rest[0] == "tree" else rest[2:] or [""]
-    if query.get("weight_name"):
-        rest = [*rest, *filter(None, query.get("subfolder", "").split("/")), *query["weight_name"].split("/")]
-    file = "/".join(rest)
-    safe = not {"", ".", ".."} & {*rest} and file.isprintable() and "\\" not in file
-    if rest and not (safe and file.lower().endswith(".safetensors")):
+    rest += filter(None, query.get("subfolder", "").split("/"))
+    rest += query["weight_name"].split("/") if query.get("weight_name") else []
+    path = "/".join(rest)
+    if rest and ({"", ".", ".."} & {*rest} or not path.isprintable() or "\\" in path):
         return None
-    return HuggingFaceRepo(repo, revision, file or None, token)
+    if path.lower().endswith(".safetensors"):
+        return HuggingFaceRepo(repo, revision, path, token)
+    return HuggingFaceRepo(repo, revision, None, token, path) if folder or not rest else None
 
 
 HUB = Hub(

@@ -11,6 +11,10 @@ HUBS = (replicate.HUB, hugging_face.HUB, civitai.HUB)
 ACCEPTED = ", ".join([*(hub.accepted for hub in HUBS), web.ACCEPTED])
 LONGEST_SHOWN = 100
 MOST_TEXT = 4096  # characters of a reference that is no data: URI
+INVISIBLE = "\ufeff\u200b\u200c\u200d\u2060\xad"  # what copying from a page leaves at either end
+QUOTES = "\"'`\u2018\u2019\u201c\u201d\xab\xbb"
+BEFORE, AFTER = INVISIBLE + QUOTES + "<([", INVISIBLE + QUOTES + ">)].,;"
+MARKDOWN_LINK = re.compile(r"\[[^\]]*\]\(<?([^()<>\s]+)>?(?: \"[^\"]*\")?\)")
 
 
 def parse_reference(text: str) -> Source:
@@ -18,10 +22,17 @@ def parse_reference(text: str) -> Source:
     text = text.strip()
     if re.match(r"data:", text, re.IGNORECASE):
         return web.parse_data_uri(text)
-    source = _parse(text)
+    source = _parse(text) or _parse(_unwrapped(text))
     if source is None:
         raise _not_understood(text)
     return source
+
+
+def _unwrapped(text: str) -> str:
+    """Without the quotes, brackets and full stop of the sentence from which it was copied; the target of a link."""
+    if len(text) <= MOST_TEXT and (link := MARKDOWN_LINK.fullmatch(text)):
+        return link[1]
+    return text.lstrip(BEFORE + " ").rstrip(AFTER + " ")
 
 
 def _parse(text: str) -> Source | None:

@@ -82,12 +82,12 @@ def _parse(address: Address) -> ReplicateModel | None:
         shown = "/".join(parts[:2])
         raise LoraError(f"replicate.com/{shown} is {NOT_OWNERS[parts[0]]}, not a model: use {HUB.accepted}.")
     path = "/".join(parts[:2] if len(parts) == 3 and parts[2] in PAGES else parts)
-    match = re.fullmatch(rf"({OWNER})/({NAME})(?:(?:/versions)?/({VERSION}))?(?:/_weights)?", path)
+    match = re.fullmatch(rf"({OWNER})/({NAME})(?:(?:(?:/versions)?/|:|@sha256:)({VERSION}))?(?:/_weights)?", path)
     return ReplicateModel(*match.groups()) if match and match[3] != "versions" else None
 
 
 HUB = Hub(
-    hosts=("replicate.com",),
+    hosts=("replicate.com", "r8.im"),  # the second is its registry of containers, where a version is a digest
     accepted="a Replicate model <owner>/<name> or <owner>/<name>/<version>",
     parse=_parse,
 )

@@ -119,6 +119,14 @@ def check_cache(cache: Path, secret: str = "secret") -> None:
             HuggingFaceRepo("a/b", "refs/pr/1", "x/y.safetensors"),
         ),
         (f"https://huggingface.co/a/b/blob/{COMMIT}/y.safetensors", HuggingFaceRepo("a/b", COMMIT, "y.safetensors")),
+        ("https://huggingface.co/a/b/tree/main/x/y", HuggingFaceRepo("a/b", "main", None, None, "x/y")),
+        ("huggingface.co/a/b?subfolder=x", HuggingFaceRepo("a/b", None, None, None, "x")),
+        ("[a lora](https://huggingface.co/a/b)", HuggingFaceRepo("a/b")),
+        (' "huggingface.co/a/b", ', HuggingFaceRepo("a/b")),
+        ("\u200b<https://huggingface.co/a/b>\ufeff", HuggingFaceRepo("a/b")),
+        ("“fofr/x”", ReplicateModel("fofr", "x")),
+        (f"https://replicate.com/fofr/x:{VERSION}", ReplicateModel("fofr", "x", VERSION)),
+        (f"r8.im/fofr/x@sha256:{VERSION}", ReplicateModel("fofr", "x", VERSION)),
         ("civitai.com/models/123", CivitaiModel(123)),
         ("https://www.civitai.com/models/123/some-name/?modelVersionId=456#top", CivitaiModel(123, 456)),
         (
@@ -484,6 +492,14 @@ def test_a_suggested_address_works(web: Web, fetch: Callable[..., FetchedLora]) 
             fetch(reference)
         assert fetch(str(caught.value).rpartition(" ")[2].rstrip(".")).read(content) == LORA
     assert fetch("huggingface.co/acme/lora?weight_name=other.safetensors").read(content) == LORA
+    inner = {f"{folder}/{name}.safetensors": lora_file(i) for i, (folder, name) in enumerate(("ax", "bx", "by"))}
+    web.hugging_face("acme/folders", inner)
+    assert fetch("huggingface.co/acme/folders/tree/main/a").read(content) == lora_file(0)
+    with pytest.raises(
+        LoraError, match=r"folders/b holds b/x.safetensors, b/y.safetensors; name one, as in "
+    ) as caught:
+        fetch("huggingface.co/acme/folders?subfolder=b")
+    assert fetch(str(caught.value).rpartition(" ")[2].rstrip(".")).read(content) == lora_file(1)
     with pytest.raises(LoraError, match=r"it looks like a Hugging Face repo: huggingface\.co/Acme/Lora"):
         fetch("Acme/Lora")
     with pytest.raises(LoraError, match=r"if it is a Hugging Face repo: huggingface\.co/acme/lora"):
