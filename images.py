@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from colours import to_srgb
+from file_kinds import kind_of
 from masks import mask_levels, report_mask
 from service.errors import InputError
 
@@ -165,7 +166,10 @@ def _read(file: Path | str, name: str, convert: Callable[[Image.Image], Image.Im
         raise _too_large(name) from None
     except Exception as error:  # noqa: BLE001 - decoders meet hostile bytes with every kind of exception
         log.info("reading %s: %s: %s", name, type(error).__name__, error)
-        raise ImageError(f"{name} is not a picture that can be read: send a whole {FORMATS_IN_WORDS} file.") from None
+        instead = f", not {kind}" if (kind := kind_of(path)) else ""
+        raise ImageError(
+            f"{name} is not a picture that can be read: send a whole {FORMATS_IN_WORDS} file{instead}."
+        ) from None
 
 
 def read_mask(file: Path | str, size: Size) -> Image.Image:

@@ -82,6 +82,24 @@ def test_what_is_no_whole_picture_is_one_sentence(fetched: FetchedFile, content:
     assert str(caught.value).startswith("image is not a picture that can be read: send a whole PNG, ")
 
 
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"", "an empty one"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(50), "a HEIC photo"),
+        (b"\0\0\0\x18ftypisom" + bytes(50), "a video"),
+        (b'<?xml version="1.0"?>\n<!-- drawn -->\n' + SVG, "an SVG drawing"),
+        (b"<!doctype html><title>404</title>", "a web page"),
+        (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "a server's answer in text"),
+        (b'{"error": "not found"}', "a server's answer in text"),
+        (b"%PDF-1.7", "a PDF"),
+    ],
+)
+def test_what_people_send_for_a_picture_is_named(fetched: FetchedFile, content: bytes, kind: str) -> None:
+    with pytest.raises(ImageError, match=f" file, not {kind}\\.$"):
+        read_picture(fetched(content), "image")
+
+
 @pytest.mark.parametrize("name", UNREADABLE)
 def test_a_mask_that_is_no_whole_picture_is_one_sentence(fetched: FetchedFile, name: str) -> None:
     with pytest.raises(ImageError, match=r"^mask is not a picture that can be read"):
