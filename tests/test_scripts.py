@@ -15,6 +15,7 @@ from PIL import Image
 
 from bench._common import Goal, judge
 from tools import ROOT
+from tools.server import ServerError, predict
 
 
 @pytest.fixture
@@ -158,3 +159,10 @@ def _status(url: str) -> str | None:
     except requests.ConnectionError:
         return None
     return status
+
+
+def test_a_server_that_is_gone_is_one_sentence() -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        with pytest.raises(ServerError, match=r"^Cog's server ended before it answered\.$"):
+            predict(f"http://127.0.0.1:{nobody.getsockname()[1]}", {"prompt": "x"})
