@@ -20,29 +20,33 @@ _NO_LORAS = (
 _FAMILIES = (
     ("a LoRA for Nunchaku's quantized models", r"\.(qweight|wscales|smooth(_orig)?|lora_down|lora_up)$"),
     ("a LoRA for FLUX.2", r"(double|single)_stream_modulation|to_qkv_mlp_proj|ff(_context)?~linear_(in|out)\b"),
-    ("a LoRA for Chroma", r"distilled_guidance_layer"),
+    ("a LoRA for Chroma", r"distilled_guidance_layer|nerf_blocks"),
     ("a LoRA for Stable Diffusion 3", r"joint_blocks"),
     ("a LoRA for AuraFlow", r"joint_transformer_blocks"),
     ("a LoRA for HiDream", r"(double|single)_stream_blocks"),
     ("a LoRA for Stable Cascade", r"^lora_prior_"),
     ("a LoRA for Qwen-Image", r"transformer_blocks~\d+~((img|txt)_mlp~net|(img|txt)_mod~1)"),
     (
-        "a LoRA for HunyuanVideo",
-        r"(img|txt)_mod~linear|(img|txt)_mlp~fc[12]|blocks\.\d+\.(img|txt)_attn_(qkv|proj)|token_refiner|modulation~linear",
+        "a LoRA for HunyuanVideo or HunyuanImage",
+        r"(img|txt)_attn~[qkv]$|(img|txt)_mod~linear|(img|txt)_mlp~fc[12]|blocks\.\d+\.(img|txt)_attn_(qkv|proj)|token_refiner|modulation~linear",
     ),
-    ("a LoRA for Ideogram", r"\blayers~\d+~(attention~o$|adaln_modulation)|adaln_proj"),
-    ("a LoRA for Z-Image or Lumina", r"(noise|context)_refiner|\blayers~\d+~(attention|feed_forward|adaLN_modulation)"),
+    ("a LoRA for Ideogram", r"(?<![a-z])layers~\d+~(attention~o$|adaln_modulation)|adaln_proj"),
+    (
+        "a LoRA for Z-Image or Lumina",
+        r"(noise|context)_refiner|(?<![a-z])layers~\d+~(attention|feed_forward|adaLN_modulation)",
+    ),
     ("a LoRA for Stable Diffusion 1.5, 2 or SDXL", r"(input|output)_blocks|middle_block|mid_block|(down|up)_blocks~\d"),
     ("a LoRA for LTX-Video, PixArt, CogVideoX or a model like them", r"transformer_blocks~\d+~attn[12]~"),
-    ("a LoRA for ERNIE-Image", r"\blayers~\d+~self_attention~"),
+    ("a LoRA for ERNIE-Image", r"(?<![a-z])layers~\d+~self_attention~"),
     ("a LoRA for Krea 2", r"blocks~\d+~(attn~(w[qkvo]|gate|to_gate)|(mlp|ff)~(gate|up|down))$|txtfusion|text_fusion"),
+    ("a LoRA for Kandinsky", r"(visual|text)_transformer_blocks"),
     ("a LoRA for Wan", r"(?<!transformer_)blocks~\d+~((self|cross)_attn~[qkvo]\b|attn[12]~|ffn~)"),
     ("a LoRA for Cosmos or Anima", r"(?<!transformer_)blocks~\d+~(self|cross)_attn~[qkvo]_proj"),
     ("a LoRA for a language model", r"(?<!encoder)~layers~\d+~(self_attn~[qkvo]_proj|mlp~(gate|up|down)_proj)"),
     ("a LoRA for SDXL", r"^(lora_te2[._]|text_encoder_2\.)text_model"),
 )
 MOST_KEYS = 5_000  # that are looked at: more than any LoRA for FLUX.1 has
-_PARAMETER = re.compile(r"(weight|bias|scale)$")
+_PARAMETER = re.compile(r"(weight|bias|scale)(\.(absmax|quant_map|quant_state\..*))?$|^scaled_fp8$")
 _STABLE_DIFFUSION = {
     768: "a LoRA for Stable Diffusion 1.5",
     1024: "a LoRA for Stable Diffusion 2",
