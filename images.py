@@ -1,8 +1,8 @@
 """Pictures in and out: which size, reading files that strangers send, writing webp, jpg and png."""
 
+import io
 import logging
 import math
-import re
 import tempfile
 import warnings
 from collections import deque
@@ -37,7 +37,6 @@ SIZES: dict[str, Size] = {  # at 1 megapixel; at 0.25 each side is half of that
     "9:21": (640, 1536),
 }
 SAME_SHAPE = 0.03  # by which the ratios of two pictures' sides may differ
-TEMPORARY_NAME = re.compile(r"tmp[a-z0-9_]{8}")  # how the names begin that Python's tempfile, and so Cog, makes
 ORIENTATION = 0x0112  # EXIF's tag of how the picture is turned; 1 is upright
 SIDE_MULTIPLE = 16  # 8 pixels a latent, 2 x 2 latents a token
 LONGEST_INPUT_SIDE = 1440
@@ -71,18 +70,17 @@ class Inputs:
 
 
 def read_inputs(
-    image: Path | str | None,
-    mask: Path | str | None,
+    image: bytes | None,
+    mask: bytes | None,
     aspect_ratio: str,
     megapixels: str,
     width: int | None,
     height: int | None,
 ) -> Inputs:
-    """Read the pictures of a request and decide its size: the input picture's shape, else what was asked for.
+    """Read the files that a request sent and decide its size: the input picture's shape, else what was asked for.
 
     Raises `ImageError` for pictures that cannot be used, `InputError` for sizes that make no sense.
     """
-    image, mask = _given(image), _given(mask)
     if image is None and mask is not None:
         raise InputError("mask needs image, the picture that it masks.")
     if (width or height) and (image is not None or aspect_ratio != "custom"):
@@ -97,11 +95,6 @@ def read_inputs(
     levels, mask_turned = _read(mask, "mask", mask_levels)
     _compare(picture, turned, levels, mask_turned)
     return Inputs(size, resized, _cut(levels, size))
-
-
-def _given(file: Path | str | None) -> Path | str | None:
-    """Empty text, which some clients send for an input that is left out, names no file."""
-    return None if file is None or str(file).strip() in ("", ".") else file
 
 
 def _compare(picture: Image.Image, turned: int, mask: Image.Image, mask_turned: int) -> None:
@@ -138,22 +131,21 @@ def _to_multiple(side: int | Fraction) -> int:
     return max(1, math.floor(Fraction(side) / SIDE_MULTIPLE + Fraction(1, 2))) * SIDE_MULTIPLE
 
 
-def read_picture(file: Path | str, name: str) -> Image.Image:
-    """Read the file that Cog fetched for the input `name` as an upright, opaque 8-bit picture in sRGB.
+def read_picture(file: bytes, name: str) -> Image.Image:
+    """Read the file that came for the input `name` as an upright, opaque 8-bit picture in sRGB.
 
-    Raises `ImageError` for anything but a whole picture of a sane size that Cog itself fetched.
+    Raises `ImageError` for anything but a whole picture of a sane size.
     """
     return _read(file, name, _srgb)[0]
 
 
-def _read(file: Path | str, name: str, convert: Callable[[Image.Image], Image.Image]) -> tuple[Image.Image, int]:
+def _read(file: bytes, name: str, convert: Callable[[Image.Image], Image.Image]) -> tuple[Image.Image, int]:
     """What `convert` makes of the upright picture in 8 bits, transparency included, and the orientation of its EXIF
     data (1: it was upright). Raises `ImageError`."""
-    path = _fetched_by_cog(file, name)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the size is checked just below
-            with Image.open(path, formats=FORMATS) as picture:
+            with Image.open(io.BytesIO(file), formats=FORMATS) as picture:
                 _check_pixels(picture, name)
                 if picture.width * picture.height > ORDINARY_PIXELS:  # a JPEG is decoded at a half to an eighth then
                     picture.draft(None, (2 * LONGEST_INPUT_SIDE, 2 * LONGEST_INPUT_SIDE))
@@ -172,7 +164,7 @@ def _read(file: Path | str, name: str, convert: Callable[[Image.Image], Image.Im
         ) from None
 
 
-def read_mask(file: Path | str, size: Size) -> Image.Image:
+def read_mask(file: bytes, size: Size) -> Image.Image:
     """Read a mask as 8-bit grey ("L") of the given size: 255 where it is repainted (128 and up), else 0."""
     return _cut(_read(file, "mask", mask_levels)[0], size)
 
@@ -202,11 +194,10 @@ class OutputFolders:
     """A temporary folder for each request. Cog's server reads the pictures after the request, so they stay a while."""
 
     def __init__(self) -> None:
-        self._base = tempfile.gettempdir()
         self._folders: deque[tempfile.TemporaryDirectory[str]] = deque()
 
     def fresh(self) -> Path:
-        self._folders.append(tempfile.TemporaryDirectory(prefix="flux-lora-", dir=self._base))
+        self._folders.append(tempfile.TemporaryDirectory(prefix="flux-lora-"))
         while len(self._folders) > KEPT_OUTPUT_FOLDERS:
             self._folders.popleft().cleanup()
         return Path(self._folders[-1].name)
@@ -214,16 +205,6 @@ class OutputFolders:
     def cleanup(self) -> None:
         while self._folders:
             self._folders.popleft().cleanup()
-
-
-def _fetched_by_cog(file: Path | str, name: str) -> Path:
-    """Cog downloads addresses and data URIs into its temporary folder, but hands any other text through as it is,
-    and a path on the server is not the sender's to read. The folder holds other files too, but none whose name has
-    the eight random letters that tempfile gives: nobody can guess another sender's."""
-    inside = isinstance(file, Path) and file.resolve().parent == Path(tempfile.gettempdir()).resolve()
-    if isinstance(file, Path) and inside and TEMPORARY_NAME.match(file.name):
-        return file
-    raise ImageError(f"{name} must be an http(s) address or a data: URI; paths on the server are not read.")
 
 
 def _check_pixels(picture: Image.Image, name: str) -> None:

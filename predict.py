@@ -10,6 +10,7 @@ from cog import BaseRunner, Input, Path
 from PIL import Image
 from tqdm import tqdm
 
+from fetch.pictures import fetch_inputs, take_as_sent
 from flux.checkpoints import find_checkpoints, is_demo
 from flux.device import check_device, choose_device, compiles, compute_dtype, memory_of, synchronize
 from flux.models import FP8, Flux, cache_blocks, compile_blocks, fill_device, fits, load_flux, residency_of
@@ -52,6 +53,7 @@ class Predictor(BaseRunner):
 
     def setup(self, weights: Path | None = None) -> None:
         """Load both models; everything that can be wrong with the environment is an error here, of one sentence."""
+        take_as_sent(Predictor.run, "image", "mask")
         self.settings = read_settings()
         self.device = choose_device(self.settings.flux_device)
         phases = Phases(partial(synchronize, self.device))
@@ -193,7 +195,7 @@ class Predictor(BaseRunner):
             phases = Phases(partial(synchronize, self.device))
             residency_of(self.models).phases = phases
             with phases.time("read"):
-                inputs = read_inputs(image, mask, aspect_ratio, megapixels, width, height)
+                inputs = read_inputs(*fetch_inputs(image, mask, self.settings), aspect_ratio, megapixels, width, height)
             custom = aspect_ratio == "custom" and inputs.picture is None
             flux = self._choose(model, inputs.size, fast=go_fast, custom=custom)
             factor = self.settings.go_fast_lora_multiplier if go_fast and flux.precision == FP8 else 1.0
@@ -206,8 +208,9 @@ class Predictor(BaseRunner):
                 *request_hints(model, inputs.mode, steps, to_run, guidance_scale, prompt_strength),
                 trigger_hint(trigger_words(loras), prompt),
             )
-            if inputs.picture and self.settings.safety_check_inputs and not disable_safety_checker:
-                self._screen_input(inputs.picture, phases)
+            judged = inputs.picture if self.settings.safety_check_inputs and not disable_safety_checker else None
+            if judged and not self._screen([judged], phases, INPUT_SAFETY):
+                raise BlockedError("The safety checker blocked the input image: send another one.")
             if inputs.picture is not None and to_run == 0:
                 pictures = [inputs.picture] * num_outputs
             else:
@@ -256,10 +259,6 @@ class Predictor(BaseRunner):
                     picture = keep_unmasked(picture, inputs.picture, inputs.mask)
                 pictures.append(picture)
         return pictures
-
-    def _screen_input(self, picture: Image.Image, phases: Phases) -> None:
-        if not self._screen([picture], phases, INPUT_SAFETY):
-            raise BlockedError("The safety checker blocked the input image: send another one.")
 
     def _screen(self, pictures: list[Image.Image], phases: Phases, phase: str = "safety") -> list[Image.Image]:
         with phases.time(phase):

@@ -151,9 +151,9 @@ class Settings:
     safety_timeout: float = _variable("SAFETY_TIMEOUT", _positive, "30")  # seconds
     safety_check_inputs: bool = _variable("SAFETY_CHECK_INPUTS", _switch, "0")
     inputs_as_data_only: bool = _variable("INPUTS_AS_DATA_ONLY", _switch, "0")
-    # Seconds after which the watchdog ends the process; 0: never
-    request_timeout: float = _variable("REQUEST_TIMEOUT", _positive_or_off, "3600")  # one prediction
-    input_timeout: float = _variable("INPUT_TIMEOUT", _positive_or_off, "300")  # the time before it, and after
+    # Seconds; 0: no limit. The watchdog ends a server that has no prediction, and is not ready, for the second as well
+    request_timeout: float = _variable("REQUEST_TIMEOUT", _positive_or_off, "3600")  # one prediction, by the watchdog
+    input_timeout: float = _variable("INPUT_TIMEOUT", _positive_or_off, "300")  # one picture that is sent as an address
     hf_token: str | None = _variable("HF_TOKEN", _token, secret=True)
     civitai_api_token: str | None = _variable("CIVITAI_API_TOKEN", _token, secret=True)
     replicate_api_token: str | None = _variable("REPLICATE_API_TOKEN", _token, secret=True)

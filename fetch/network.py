@@ -5,12 +5,10 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any, TypeVar
+from typing import TypeVar
 from urllib.parse import urljoin, urlsplit
-from urllib.request import getproxies
 
 import requests
-from requests.utils import should_bypass_proxies
 from urllib3.exceptions import HTTPError
 
 from fetch.errors import FetchCancelledError, UnavailableError
@@ -81,24 +79,6 @@ class Cancellation:
         self.check()
 
 
-_kept_proxies: dict[str, str] | None = None
-
-
-def keep_proxies() -> None:
-    """Go on with the proxies of the environment as they are now, whatever becomes of the environment."""
-    global _kept_proxies  # noqa: PLW0603 - it is the process's, as the environment is
-    _kept_proxies = getproxies()
-
-
-class _Session(requests.Session):
-    def merge_environment_settings(self, url: Any, *arguments: Any) -> Any:
-        settings = super().merge_environment_settings(url, *arguments)
-        if _kept_proxies is not None:
-            bypassed = should_bypass_proxies(str(url), _kept_proxies.get("no", ""))
-            settings["proxies"] = {} if bypassed else dict(_kept_proxies)
-        return settings
-
-
 class Client:
     """Makes the requests of one fetch. Several threads may use it at once.
 
@@ -110,7 +90,7 @@ class Client:
         self, limits: FetchLimits, cancellation: Cancellation, *, allow_private: bool, trusted: str | None
     ) -> None:
         self.limits, self.cancellation = limits, cancellation
-        self._session = _Session()
+        self._session = requests.Session()
         self._session.auth = lambda request: request  # without one, requests reads netrc
 
         def adapter(*, public: bool) -> WatchedAdapter:

@@ -9,15 +9,14 @@ import pytest
 from tools import ROOT
 
 PACKAGES = ("fetch", "lora", "flux")
-ABOVE = ("predict", "lora_loader", "safety", "guards")
+ABOVE = ("predict", "lora_loader", "safety")
 LEAVES = ("service", *(file.stem for file in ROOT.glob("*.py") if file.stem not in ABOVE))
 MAY_IMPORT = {  # besides LEAVES; a package's name stands for all of its modules
     "fetch": ("fetch", "lora.errors", "lora.header", "lora.families", "lora.names"),
     "lora": ("lora",),
     "flux": ("flux",),
     "lora_loader": PACKAGES,
-    "guards": ("fetch.network",),
-    "predict": (*PACKAGES, "safety", "lora_loader", "guards"),
+    "predict": (*PACKAGES, "safety", "lora_loader"),
 }
 MODULES = {
     ".".join(file.relative_to(ROOT).with_suffix("").parts): file.read_text()

@@ -1,12 +1,9 @@
 """What a user does over HTTP, through Cog's real server: predict.py with tiny random checkpoints."""
 
-import functools
 import re
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +224,10 @@ def bad_inputs() -> dict[str, tuple[dict[str, Any], str]]:
     return {
         "path": ({"image": "/etc/passwd"}, "image must be an http(s) address or a data: URI"),
         "file URL": ({"image": "file:///etc/passwd"}, "image must be an http(s) address or a data: URI"),
+        "private host": (
+            {"image": "http://169.254.169.254/latest"},
+            "169.254.169.254 is on a private network, which is refused: use a public address",
+        ),
         "mask path": ({"image": dot, "mask": "/etc/hostname"}, "mask must be an http(s) address or a data: URI"),
         "text": ({"image": raw_data_url(b"hello", "text/plain")}, "image is not a picture that can be read"),
         "svg": ({"image": raw_data_url(b"<svg/>", "image/svg+xml")}, "image is not a picture that can be read"),
@@ -324,19 +325,6 @@ def test_a_second_request_is_told_to_wait(server: Server, small: dict[str, Any])
         wait_until(lambda: is_busy(server))
         assert server.post({"input": small}).status_code == 409
         assert first.result()["status"] == "succeeded"
-
-
-def test_inputs_by_address_are_fetched(
-    server: Server, small: dict[str, Any], photo: Image.Image, tmp_path: Path
-) -> None:
-    photo.save(tmp_path / "photo.png")
-    handler = functools.partial(SimpleHTTPRequestHandler, directory=tmp_path)
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as files:
-        threading.Thread(target=files.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{files.server_address[1]}/photo.png"
-        by_address = server.pictures(**small, image=address)[0]
-        files.shutdown()
-    assert same(by_address, server.pictures(**small, image=data_url(photo))[0])
 
 
 def test_outputs_do_not_pile_up(server: Server, environment: dict[str, str], small: dict[str, Any]) -> None:
