@@ -2,7 +2,8 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, TypeAlias, get_args
@@ -10,7 +11,9 @@ from typing import Literal, TypeAlias, get_args
 from fetch.fetched import FetchedLora
 from fetch.sources import fetch_lora, fetch_weights
 from flux.models import Flux, Models, residency_of
+from flux.pipelines import NotFiniteError
 from lora.about import describe
+from lora.errors import LoraError
 from lora.formats import Adapter, read_lora
 from lora.header import read_header
 from lora.merge import Merge
@@ -164,6 +167,20 @@ def slowest_origin(loras: Sequence[ActiveLora]) -> str:
     """For the metrics: where the one came from that took longest to come."""
     origins = {active.origin for active in loras}
     return next((origin for origin in ORIGINS if origin in origins), "none")
+
+
+@contextmanager
+def blamed_on(loras: Sequence[ActiveLora]) -> Iterator[None]:
+    """Within, a picture that is not finite is the LoRAs' fault, where there are any. Raises `LoraError`."""
+    try:
+        yield
+    except NotFiniteError:
+        used = [f"{active.name} at strength {active.strength:g}" for active in loras if active.strength != 0]
+        if not used:
+            raise
+        raise LoraError(
+            f"With {' and '.join(used)} the picture's numbers are not finite: use a lower strength or another LoRA."
+        ) from None
 
 
 def _describe(active: ActiveLora) -> str:

@@ -14,12 +14,12 @@ from fetch.pictures import fetch_inputs, take_as_sent
 from flux.checkpoints import find_checkpoints, is_demo
 from flux.device import check_device, choose_device, compiles, compute_dtype, memory_of, synchronize
 from flux.models import FP8, Flux, cache_blocks, compile_blocks, fill_device, fits, load_flux, residency_of
-from flux.pipelines import Job, decode, denoise, encode_picture, encode_prompt, steps_to_run, warm_up
+from flux.pipelines import Job, NotFiniteError, decode, denoise, encode_picture, encode_prompt, steps_to_run, warm_up
 from flux.residency import DeviceMemoryError
 from guards import Guards
 from images import Inputs, OutputFolders, Size, keep_unmasked, read_inputs, save_pictures
 from lora.errors import LoraError
-from lora_loader import ActiveLora, LoraLoader, slowest_origin, trigger_words
+from lora_loader import ActiveLora, LoraLoader, blamed_on, slowest_origin, trigger_words
 from phases import Phases
 from safety import BlockedError, SafetyError, load_screener
 from service.errors import InputError, explained
@@ -31,7 +31,7 @@ log.setLevel(logging.INFO)
 logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)  # for the libraries
 
 METRIC_PHASES = ("lora_fetch", "lora_read", "load", "lora_apply", "encode", "denoise", "decode", "safety", "save")
-FORESEEN = (InputError, LoraError, BlockedError, SafetyError, DeviceMemoryError)  # their messages are sentences already
+FORESEEN = (InputError, LoraError, BlockedError, SafetyError, DeviceMemoryError, NotFiniteError)  # they are sentences
 INPUT_SAFETY = "safety of the input"  # counted in safety_time
 
 
@@ -253,7 +253,7 @@ class Predictor(BaseRunner):
             for seed in request.seeds:
                 with phases.time("denoise"):
                     latents = denoise(flux, job, seed, bar.update)
-                with phases.time("decode"):
+                with phases.time("decode"), blamed_on(loras):
                     picture = decode(flux, latents, job.size)
                 if inputs.picture and inputs.mask:
                     picture = keep_unmasked(picture, inputs.picture, inputs.mask)

@@ -39,6 +39,10 @@ PICTURE_PROCESSOR = VaeImageProcessor(vae_scale_factor=16)  # pictures' sides ar
 MASK_PROCESSOR = VaeImageProcessor(vae_scale_factor=16, do_normalize=False, do_binarize=True, do_convert_grayscale=True)
 
 
+class NotFiniteError(RuntimeError):
+    """Numbers of a picture are infinite or NaN; the message is one sentence for the person who sent the request."""
+
+
 @dataclass(frozen=True)
 class Job:
     """One request as the model sees it; the seed alone tells its pictures apart."""
@@ -259,11 +263,23 @@ def _scaled_sample(flux: Flux, posterior: DiagonalGaussianDistribution, generato
 
 @torch.no_grad()
 def decode(flux: Flux, latents: torch.Tensor, size: Size) -> Image.Image:
-    """Turn packed latents [1, tokens, 64] into an RGB picture of `size`."""
+    """Turn packed latents [1, tokens, 64] into an RGB picture of `size`. Raises `NotFiniteError`, since such a picture
+    would be black."""
     width, height = size
+    _check_finite(latents)
     flux.residency.use(flux.vae, work=decoding_bytes(size))
     unpacked = FluxPipeline._unpack_latents(latents, height, width, PIXELS_PER_LATENT)  # [1, 16, height/8, width/8]
     unpacked = unpacked / flux.vae.config.scaling_factor + flux.vae.config.shift_factor
     pixels = flux.vae.decode(unpacked, return_dict=False)[0]  # [1, 3, height, width]
+    _check_finite(pixels)
     picture: Image.Image = PICTURE_PROCESSOR.postprocess(pixels, output_type="pil")[0]
     return picture
+
+
+def _check_finite(numbers: torch.Tensor) -> None:
+    """It waits for the device, which is why it is not done in every step."""
+    if not numbers.isfinite().all():
+        raise NotFiniteError(
+            "The picture's numbers are not finite, and no LoRA is in use: the model's weights, or their precision "
+            f"({str(numbers.dtype).removeprefix('torch.')}), are at fault."
+        )

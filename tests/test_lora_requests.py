@@ -203,6 +203,22 @@ def test_a_lora_that_does_not_fit_costs_only_its_request(
     assert same(server.pictures(**small, replicate_weights=as_reference(style))[0], before)
 
 
+def test_a_picture_that_is_not_finite_is_blamed_on_the_loras_in_use(
+    server: Server, small: dict[str, Any], style: Factors, subject: Factors
+) -> None:
+    """Numbers that each weight can hold, but not the activations."""
+    request = {**small, "extra_lora": as_reference(style), "extra_lora_scale": 0.5}
+    before = server(**request)["output"]
+    huge = {name: (1e15 * up, 1e15 * down) for name, (up, down) in subject.items()}
+    answer = server(**{**request, "replicate_weights": as_reference(huge), "lora_scale": 3})
+    assert failure(answer) == (
+        "With the data: URI at strength 3 and the data: URI at strength 0.5 the picture's numbers are not finite: use "
+        "a lower strength or another LoRA."
+    )
+    assert not answer.get("output")
+    assert server(**request)["output"] == before
+
+
 def test_a_fine_tune_brings_its_own_lora(
     environment: dict[str, str], server: Server, small: dict[str, Any], style: Factors, subject: Factors, tmp_path: Path
 ) -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 from flux import models as flux_models
 from flux.device import compute_dtype
 from flux.models import Flux, Precisions, load_flux
-from flux.pipelines import Job, decode, denoise, encode_picture, encode_prompt, steps_to_run
+from flux.pipelines import Job, NotFiniteError, decode, denoise, encode_picture, encode_prompt, steps_to_run
 from service.errors import InputError
 from tests.conftest import SHARED_PARTS
 from tests.oracle import diffusers_picture, load_oracle
@@ -97,6 +97,21 @@ def test_pictures_are_those_of_diffusers(
     assert np.array_equal(drawn, np.asarray(expected))
     assert drawn.std() > 10  # a picture, so that equality means something
     assert not np.array_equal(drawn, np.asarray(ours(flux, job, seed=12)))
+
+
+def test_a_picture_that_is_not_finite_is_an_error_and_not_black(
+    models: dict[str, Precisions], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flux = models["dev"].exact
+    latents = torch.zeros(1, 256, 64, dtype=DTYPE)
+    sentence = r"^The picture's numbers are not finite, and no LoRA is in use: the model's weights, .*, are at fault\.$"
+    decode(flux, latents, (256, 256))
+    with pytest.raises(NotFiniteError, match=sentence):
+        decode(flux, latents.index_fill(1, torch.tensor(7), torch.inf), (256, 256))
+    last = flux.vae.decoder.conv_out
+    monkeypatch.setattr(last, "bias", torch.nn.Parameter(torch.full_like(last.bias, torch.nan)))
+    with pytest.raises(NotFiniteError, match=sentence):
+        decode(flux, latents, (256, 256))
 
 
 @given(st.integers(1, 50), st.floats(0, 1))
