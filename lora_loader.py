@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Literal, TypeAlias, get_args
 
 from fetch.fetched import FetchedLora
-from fetch.sources import fetch_lora, fetch_weights
+from fetch.sources import clear_leftovers, fetch_lora, fetch_weights
 from flux.models import Flux, Models, residency_of
 from flux.pipelines import NotFiniteError
 from lora.about import describe
@@ -72,6 +72,8 @@ class LoraLoader:
         # atomic: Cog's cancelling, which can raise between any two lines, leaves it intact.
         self._memory: dict[tuple[str, str], Lora] = {}
         self._own: FetchedLora | None = None
+        self.residency.when_host_is_full = lambda: self._forget_least_recently_used(0)
+        clear_leftovers(settings)
 
     def load_own(self, weights: str) -> None:
         """Fetch a fine-tune's own LoRA, which stands in wherever a request names no main one, and merge it into the
@@ -111,14 +113,14 @@ class LoraLoader:
 
         active = fetched.read(read)
         self._memory[active.lora.sha256, model] = active.lora
-        self._forget_least_recently_used()
+        self._forget_least_recently_used(self.settings.lora_ram_bytes)
         return active
 
-    def _forget_least_recently_used(self) -> None:
-        """Keep within LORA_RAM_GB. The fine-tune's own LoRA stays: its address may not be good for ever."""
+    def _forget_least_recently_used(self, most_bytes: int) -> None:
+        """Keep within so many bytes. The fine-tune's own LoRA stays: its address may not be good for ever."""
         own = self._own.sha256 if self._own else None
         for key in [key for key in self._memory if key[0] != own]:
-            if sum(kept.nbytes for kept in self._memory.values()) <= self.settings.lora_ram_bytes:
+            if sum(kept.nbytes for kept in self._memory.values()) <= most_bytes:
                 return
             del self._memory[key]
 

@@ -3,7 +3,8 @@
 `files/<sha256>.safetensors` are the LoRAs, named by their content and made visible by one rename each.
 `refs/<key>.json` say which of them a reference led to; a key is a hash, so that no secret is in a name. `parts/` holds
 what is arriving, under its key's lock in `locks/`. A LoRA may be evicted at any time; who has opened it can still read
-it. Whatever a killed process leaves behind is either complete or not looked at, and the next `add` removes it.
+it. Whatever a killed process leaves behind is either complete or not looked at, and the next start, or the next `add`,
+removes it.
 """
 
 import hashlib
@@ -151,6 +152,15 @@ class LoraCache:
                 path.unlink(missing_ok=True)
                 excess -= files[path].st_size
         self._sweep()
+
+    def sweep(self) -> None:
+        """Remove what killed processes and older versions left, unless another process is at it. Raises `OSError` when
+        the folder cannot be written."""
+        if not self.folder.is_dir():
+            return
+        with _try_lock(self._lock_file("cache")) as free:
+            if free:
+                self._sweep()
 
     def _sweep(self) -> None:
         """Remove what killed processes and older versions left, and the references to files that are gone."""

@@ -13,6 +13,8 @@ import re
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -76,6 +78,12 @@ def _fetch(source: Source, settings: Settings, limits: FetchLimits) -> FetchedLo
             return fetch.fetched(known, "disk")
         log.warning("%s %s is kept in a temporary folder.", error, source.label)
     return _run(_Fetch(source, replace(settings, lora_cache_dir=_spare_folder(), lora_cache_bytes=0), limits))
+
+
+def clear_leftovers(settings: Settings) -> None:
+    """Remove what killed processes left in the cache, where it can be written."""
+    with suppress(OSError):
+        LoraCache(settings.lora_cache_dir, settings.lora_cache_bytes).sweep()
 
 
 @cache

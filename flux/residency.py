@@ -56,6 +56,7 @@ class Residency:
         self.memory = memory
         self.stream: Stream = stream or (views if memory is None else Ring(device).stream)
         self.phases = Phases()
+        self.when_host_is_full: Callable[[], None] = lambda: None  # somebody else's caches in the host's memory
         self.resident: list[str] = []
         self._parts: dict[str, _Part] = {}
         self._names: dict[int, str] = {}  # of the parts, by their modules
@@ -157,6 +158,8 @@ class Residency:
         self.evict_all()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+        else:
+            self.when_host_is_full()
         raise DeviceMemoryError(
             "The device ran out of memory on this request and has been cleared: try again, or a smaller picture."
         )

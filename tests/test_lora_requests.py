@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import predict
 from flux.models import load_flux
+from flux.residency import DeviceMemoryError
 from lora import names
 from lora.errors import LoraError
 from lora_loader import LoraLoader
@@ -267,6 +268,13 @@ def test_loras_stay_in_memory_within_its_bounds(
     one = len(as_file(subject)) * 1.2 / 1e9
     loader = LoraLoader(models, read_settings({**folder, "LORA_RAM_GB": str(one)}))
     assert origins(loader, a, b, b, a) == ["download", "download", "memory", "disk"]
+
+    def fill_the_memory() -> None:
+        raise MemoryError
+
+    with pytest.raises(DeviceMemoryError):
+        loader.residency.or_clear(fill_the_memory)
+    assert origins(loader, a) == ["disk"]
 
 
 def test_a_new_dialect_is_one_entry_of_one_table(

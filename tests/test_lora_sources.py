@@ -37,7 +37,8 @@ from fetch.limits import FetchLimits
 from fetch.network import plain_reason
 from fetch.references import parse_reference
 from fetch.replicate import ReplicateModel
-from fetch.sources import fetch_lora, fetch_weights
+from fetch.fetched import FetchedLora
+from fetch.sources import clear_leftovers, fetch_lora, fetch_weights
 from fetch.web import DataUri, FolderFile, WebFile
 from lora.about import describe
 from lora.errors import LoraError
@@ -942,6 +943,18 @@ def test_a_killed_process_leaves_nothing_that_counts(
     web.fault = None
     fetch(references["url"])  # clears away what another reference left behind
     assert fetch(references["civitai"]).path.read_bytes() == LORA
+
+
+def test_a_start_clears_away_what_killed_processes_left(web: Web, tmp_path: Path) -> None:
+    clear_leftovers(settings(web, tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
+    for name in ("parts/aaa.download", "parts/bbb.download", "holds/x", "locks/bbb.lock", "refs/ccc.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with FileLock(tmp_path / "locks" / "bbb.lock"):  # of a fetch that runs
+        clear_leftovers(settings(web, tmp_path))
+    left = [str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()]
+    assert sorted(name for name in left if not name.startswith("locks")) == ["parts/bbb.download"]
 
 
 def test_a_full_disk_is_one_sentence(web: Web, fetch: Callable[..., FetchedLora], tmp_path: Path) -> None:
