@@ -1,9 +1,9 @@
 """A small process beside the worker that ends the server when nothing else can help, so that whoever watches it starts
 a new one.
 
-Cog's server stays up for ever with a worker that is dead, and waits for ever for one whose thread stands still, or for
-an input that arrives byte by byte. This process sees the first by a pipe that only the worker holds, and the second by
-what the predictor says on that pipe and what the server answers to /health-check. It is run as a script, by `python
+Cog's server stays up for ever with a worker that is dead, and waits for ever for one whose thread stands still. This
+process sees the first by a pipe that only the worker holds, and the second by what the predictor says on that pipe and
+what the server answers to /health-check. It is run as a script, by `python
 -I -S`, so that it is small: it imports the standard library alone.
 """
 
@@ -27,7 +27,7 @@ class Watchdog:
     """The worker's end of the pipe. Outside of Cog's server it does nothing."""
 
     def __init__(self, request_seconds: float, input_seconds: float) -> None:
-        """How long one request may run, and how long its inputs may take to arrive; 0 is for ever."""
+        """How long one request may run, and how long the server may be busy without one; 0 is for ever."""
         from coglet import server  # noqa: PLC0415 - the script must do without
 
         self._pipe: int | None = None
