@@ -6,22 +6,17 @@ import os
 import random
 import re
 import signal
-import socket
-import tarfile
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import requests
 from PIL import Image
-from safetensors.numpy import save
 
 from bench._common import Goal, announce, benchmark_parser, judge, table
+from bench._hostile import SMALL, Inputs, hostile_requests, hostile_server, picture, private_requests
 from tools.server import CogServer, ServerError, cog_server, wait_until_idle
 
 SECONDS = (
@@ -29,12 +24,7 @@ SECONDS = (
 )
 ANSWER_SECONDS = 90.0
 INPUT_TIMEOUT = "15"  # so that a request that hangs is ended soon
-SMALL = {
-    "prompt": "a red circle", "aspect_ratio": "custom", "width": 256, "height": 256, "num_inference_steps": 2,
-    "seed": 5, "output_format": "png", "disable_safety_checker": True,
-}  # fmt: skip
 WARM_UP, FLAT_REQUESTS, CANCELS, KILLS = 60, 500, 1000, 3
-Inputs = dict[str, Any]
 
 
 class Service:
@@ -99,11 +89,14 @@ def main() -> None:
     options = parser.parse_args()
     announce(SECONDS * options.share)
     ends = time.monotonic() + SECONDS * options.share
+    limits = {"INPUT_TIMEOUT": INPUT_TIMEOUT, "REQUEST_TIMEOUT": "60"}
+    with hostile_server() as (url, reached), cleaned(Service(limits)) as service:
+        private = list(private_requests(url))
+        let_in = [name for name, inputs in private if not is_refused_as_private(service.predict(inputs))]
+        asked = len(reached)
     with (
-        hostile_server() as url,
-        cleaned(
-            Service({"INPUT_TIMEOUT": INPUT_TIMEOUT, "REQUEST_TIMEOUT": "60", "LORA_ALLOW_PRIVATE_HOSTS": "1"})
-        ) as service,
+        hostile_server() as (url, _),
+        cleaned(Service(limits | {"LORA_ALLOW_PRIVATE_HOSTS": "1"})) as service,
     ):
         service.check_canary()
         requests_ = list(hostile_requests(url)) * 2
@@ -122,6 +115,9 @@ def main() -> None:
     table(
         ["what", "number"],
         [
+            ["requests for private addresses", len(private)],
+            ["of these not refused as such", f"{len(let_in)} {sorted(set(let_in)) or ''}"],
+            ["connections to the server on loopback by them", asked],
             ["hostile requests", len(requests_)],
             ["of these not answered in a sentence", f"{len(raw)} {sorted(set(raw)) or ''}"],
             ["cancels", cancels],
@@ -132,6 +128,7 @@ def main() -> None:
         ],
     )
     goals = [
+        Goal("requests for private addresses not refused, and connections by them", len(let_in) + asked, 0),
         Goal("requests not answered in a sentence", len(raw), 0),
         Goal("requests neither answered nor ended", service.unanswered, 0),
         Goal("wrong canaries", service.wrong_canaries, 0),
@@ -149,11 +146,20 @@ def cleaned(service: Service) -> Iterator[Service]:
 
 
 def is_sentence(answer: Inputs | None) -> bool:
-    """Whether a request succeeded, or failed with one sentence and no words of Python's."""
+    """Whether a request made a picture that is not black, or failed with one sentence and no words of Python's."""
     if answer is None or answer["status"] == "succeeded":
-        return answer is not None
+        return answer is not None and not any(is_black(output) for output in answer["output"])
     error = re.sub(r"^(Prediction failed: )+\w+Error: ", "", answer["error"])
     return error.isprintable() and error.endswith(".") and "not foreseen" not in error
+
+
+def is_black(output: str) -> bool:
+    drawn = Image.open(io.BytesIO(base64.b64decode(output.partition(",")[2])))
+    return drawn.convert("L").getextrema() == (0, 0)
+
+
+def is_refused_as_private(answer: Inputs | None) -> bool:
+    return answer is not None and answer["status"] == "failed" and "is on a private network" in answer["error"]
 
 
 def measure_growth(service: Service, count: int) -> dict[str, float]:
@@ -179,9 +185,7 @@ def resources(process: int) -> dict[str, float]:
 
 def cancel(service: Service, count: int, ends: float) -> int:
     """Cancel requests, with and without a picture, after any time. Returns how many there was time for."""
-    picture = io.BytesIO()
-    Image.new("RGB", (256, 256), "navy").save(picture, "PNG")
-    image = f"data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}"
+    image = picture()
     chance = random.Random(0)
     with ThreadPoolExecutor(1) as pool:
         for i in range(count):
@@ -198,83 +202,6 @@ def cancel(service: Service, count: int, ends: float) -> int:
             if i % 50 == 49:
                 service.check_canary()
     return count
-
-
-def hostile_requests(url: str) -> Iterator[tuple[str, Inputs]]:
-    for name in ANSWERS:
-        yield name, {**SMALL, "replicate_weights": f"{url}/{name}.safetensors"}
-    for name, content in FILES.items():
-        uri = f"data:application/octet-stream;base64,{base64.b64encode(content()).decode()}"
-        yield name, {**SMALL, "replicate_weights": uri}
-        yield f"{name} as a picture", {**SMALL, "image": uri}
-    yield "a prompt of 8 MB", {**SMALL, "prompt": "a " * 4_000_000}
-    yield "a port that is none", {**SMALL, "extra_lora": "http://example.com:65536/x.safetensors"}
-    yield "control characters", {**SMALL, "extra_lora": "\x1b[31m\x00/\n"}
-
-
-def lora(metadata: dict[str, str] | None = None, value: float = 0.0) -> bytes:
-    weight = np.full((4, 16), value, np.float32)
-    return save({"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": weight}, metadata)
-
-
-def tar(names: list[str]) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-        for name in names:
-            archive.addfile(tarfile.TarInfo(name))
-    return buffer.getvalue()
-
-
-def headers_in_a_row() -> bytes:
-    header = tarfile.TarInfo("././@LongLink")
-    header.type, header.size = tarfile.GNUTYPE_LONGNAME, 10
-    return (header.tobuf(tarfile.GNU_FORMAT) + b"a" * 9 + bytes(503)) * 5000 + tar(["x.safetensors"])
-
-
-def png(width: int, height: int) -> bytes:
-    head = width.to_bytes(4, "big") + height.to_bytes(4, "big") + b"\x01\0\0\0\0"
-    return b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + head + bytes(4)
-
-
-PATTERN = '{"peft_type":"LORA","r":8,"rank_pattern":{"' + r"(.|\\w)" * 36 + '!":8}}'
-FILES: dict[str, Callable[[], bytes]] = {
-    "nothing": lambda: b"",
-    "junk": lambda: random.Random(0).randbytes(5000),
-    "a pattern that never ends": lambda: lora({"adapter_config.json": PATTERN}),
-    "a rank of 10^400": lambda: lora({"adapter_config.json": '{"peft_type":"LORA","r":1' + "0" * 400 + "}"}),
-    "brackets 3,000 deep": lambda: lora({"adapter_config.json": "[" * 3000}),
-    "huge factors": lambda: lora(value=3.4e38),
-    "headers in a row": headers_in_a_row,
-    "names with control characters": lambda: tar(["a\x1b\n.safetensors", "b\r.safetensors"]),
-    "a tall picture": lambda: png(1, 88_000_000),
-    "a bomb": lambda: png(30_000, 30_000),
-}
-ANSWERS: dict[str, bytes] = {  # of a server
-    "length": b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\nx",
-    "negative": b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\nx",
-    "later": b"HTTP/1.1 503 No\r\nRetry-After: " + b"9" * 5000 + b"\r\n\r\n",
-    "password": b"HTTP/1.1 302 Found\r\nLocation: http://user:secret@[::1/x\r\n\r\n",
-    "inside": b"HTTP/1.1 302 Found\r\nLocation: http://169.254.169.254/x\r\n\r\n",
-    "range": b"HTTP/1.1 206 OK\r\nContent-Range: bytes 0-9/5\r\n\r\n",
-    "no-http": b"\x00\xff" * 5000,
-}
-
-
-@contextmanager
-def hostile_server() -> Iterator[str]:
-    """It answers /<name>.safetensors with that one of `ANSWERS`, on loopback, which the service may reach here."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-
-        def serve() -> None:
-            with suppress(OSError):
-                while True:
-                    connection, _ = listener.accept()
-                    with connection, suppress(OSError):
-                        name = re.match(rb"GET /(\w[\w-]*)", connection.recv(65536))
-                        connection.sendall(ANSWERS.get(name[1].decode() if name else "", b""))
-
-        threading.Thread(target=serve, daemon=True).start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
 if __name__ == "__main__":
