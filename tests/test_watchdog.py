@@ -69,29 +69,30 @@ def test_a_server_whose_worker_is_dead_ends_with_an_error(environment: dict[str,
 
 
 def test_a_request_that_takes_too_long_ends_the_server(environment: dict[str, str], small: dict[str, Any]) -> None:
-    """Its picture drips for ever. Other requests before it have their time, and an idle server has no limit."""
+    """Its LoRA drips for ever. Other requests before it have their time, and an idle server has no limit."""
     ended = threading.Event()
 
     def drip(server: socket.socket) -> None:
         connected, _ = server.accept()
         with connected, suppress(OSError):
-            connected.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: image/png\r\nContent-Length: 99999\r\n\r\n")
+            connected.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 99999\r\n\r\n")
             while not ended.wait(0.1):
                 connected.sendall(b"x")
 
     with (
         socket.create_server(("127.0.0.1", 0)) as hostile,
         cog_server(
-            environment | {"INPUT_TIMEOUT": "0", "REQUEST_TIMEOUT": "4", "LORA_ALLOW_PRIVATE_HOSTS": "1"}
+            environment | {"INPUT_TIMEOUT": "4", "REQUEST_TIMEOUT": "12", "LORA_ALLOW_PRIVATE_HOSTS": "1"}
         ) as cog,
     ):
         threading.Thread(target=drip, args=(hostile,), daemon=True).start()
         assert cog.predict(small)["status"] == "succeeded"
         time.sleep(6)  # an idle server is left alone
         assert cog.predict(small)["status"] == "succeeded"
-        url = f"http://127.0.0.1:{hostile.getsockname()[1]}/x.png"
+        url = f"http://127.0.0.1:{hostile.getsockname()[1]}/x.safetensors"
         with suppress(requests.ConnectionError):
-            answer = requests.post(f"{cog.url}/predictions", json={"input": {**small, "image": url}}, timeout=SECONDS)
+            body = {"input": {**small, "extra_lora": url}}
+            answer = requests.post(f"{cog.url}/predictions", json=body, timeout=SECONDS)
             assert answer.json()["status"] == "failed"
         assert wait_for_the_end(cog) != 0
         ended.set()
