@@ -10,6 +10,7 @@ import http.client
 import math
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
@@ -61,14 +62,11 @@ def fetch_picture(sent: object, name: str, settings: Settings) -> bytes | None:
 def _decode(uri: str, name: str) -> bytes:
     """data:[<media type>][;base64],<data> (RFC 2397)."""
     header, comma, data = uri.partition(",")
-    try:
-        if comma and header.lower().endswith(";base64"):
-            return base64.b64decode(unquote_to_bytes(data))
-    except binascii.Error:
-        comma = ""
-    if not comma:
-        raise InputError(f"{name} is not a whole data: URI: send data:image/png;base64,<data>.")
-    return unquote_to_bytes(data)
+    with suppress(binascii.Error):
+        if comma:
+            content = unquote_to_bytes(data)
+            return base64.b64decode(content) if header.lower().endswith(";base64") else content
+    raise InputError(f"{name} is not a whole data: URI: send data:image/png;base64,<data>.")
 
 
 def _fetch(url: str, name: str, settings: Settings) -> bytes:
