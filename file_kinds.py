@@ -1,7 +1,6 @@
 """What a file is that people send for a picture, where it is none that is read: for the sentence that says so."""
 
 import re
-from pathlib import Path
 
 LOOKED_AT = 1024  # bytes from a file's start
 KINDS = tuple(
@@ -22,11 +21,6 @@ KINDS = tuple(
 )
 
 
-def kind_of(path: Path) -> str | None:
-    """With its article; None where nothing is known of it, or it cannot be opened."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(LOOKED_AT)
-    except OSError:
-        return None
-    return next((kind for pattern, kind in KINDS if pattern.match(start)), None)
+def kind_of(file: bytes) -> str | None:
+    """With its article; None where nothing is known of it."""
+    return next((kind for pattern, kind in KINDS if pattern.match(file[:LOOKED_AT])), None)

@@ -158,7 +158,7 @@ def _read(file: bytes, name: str, convert: Callable[[Image.Image], Image.Image])
         raise _too_large(name) from None
     except Exception as error:  # noqa: BLE001 - decoders meet hostile bytes with every kind of exception
         log.info("reading %s: %s: %s", name, type(error).__name__, error)
-        instead = f", not {kind}" if (kind := kind_of(path)) else ""
+        instead = f", not {kind}" if (kind := kind_of(file)) else ""
         raise ImageError(
             f"{name} is not a picture that can be read: send a whole {FORMATS_IN_WORDS} file{instead}."
         ) from None

@@ -63,7 +63,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--max", type=int, dest="max_workers", metavar="B", help="the most that a long queue makes it grow to")
     add("--host", default="127.0.0.1", help="the address to listen on (default: 127.0.0.1)")
     add("--port", type=int, default=int(os.environ.get("PORT", "5000")), help="(default: 5000)")
-    add("--address", default=os.environ.get("RAY_ADDRESS"), help="of a Ray cluster to run on: auto for the one that `ray start` made (default: RAY_ADDRESS, else this machine)")
+    add(
+        "--address",
+        default=os.environ.get("RAY_ADDRESS"),
+        help="of a Ray cluster to run on, auto for that of `ray start` (default: this machine)",
+    )
     add("--metrics-port", type=int, default=METRICS_PORT, help=f"for Prometheus (default: {METRICS_PORT})")
     for name, text in (
         ("longest_queue", "predictions that may wait; beyond it the answer is 503"),

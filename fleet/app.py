@@ -1,5 +1,4 @@
-"""The fleet as an application of Ray Serve: for `script/fleet`, for `serve run fleet.app:build` and for a RayService."""
-
+"""The fleet as an application of Ray Serve, for `script/fleet`, `serve run fleet.app:build` and a RayService."""
 
 import ray
 from pydantic import BaseModel

@@ -67,7 +67,7 @@ def new_id() -> str:
     return f"pred_{secrets.token_hex(8)}"
 
 
-def to_json(document: Any) -> bytes:  # noqa: ANN401 - JSON
+def to_json(document: Any) -> bytes:
     """Compact, as coglet writes it."""
     return json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
 
@@ -82,5 +82,5 @@ def canceled(prediction: str) -> dict[str, Any]:
     return {"id": prediction, "logs": "", "metrics": {}, "status": "canceled"}
 
 
-def _number(value: Any) -> float:  # noqa: ANN401 - whatever the client sent
+def _number(value: Any) -> float:
     return value if isinstance(value, int | float) else 1.0

@@ -1,6 +1,6 @@
 """Which waiting prediction goes to which idle worker, so that few weights move and nobody waits long for that.
 
-Pure decisions: the clock is the caller's, so the same code decides in a fleet and in a simulation of a thousand workers.
+Pure decisions: the clock is the caller's, so the same code decides in a fleet and in a simulation of many workers.
 """
 
 import math
@@ -31,7 +31,7 @@ class Worker:
     since: float = -math.inf  # it has been at that, or idle
 
     def moves(self, weights: Weights | None) -> int:
-        """How much would be moved to run on them: 0 for nothing, 1 for another model or precision, 2 for LoRAs, or 3."""
+        """How much would be moved to run on them: 0 nothing, 1 another model or precision, 2 LoRAs, 3 both."""
         if weights is None:
             return 0
         key = weights.model, weights.fast

@@ -1,4 +1,4 @@
-"""Cog's HTTP interface for the whole fleet: a queue where one server answers 409, and a second try where one is lost."""
+"""Cog's HTTP interface for the whole fleet: a queue instead of a 409, and a second try where a worker is lost."""
 
 import asyncio
 import json
@@ -7,12 +7,12 @@ import time
 from collections.abc import Coroutine
 from typing import Any
 
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Match, Route
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException, RequestCancelledError
 from ray.serve.handle import DeploymentHandle
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Match, Route
 
 from fleet.bodies import VALID_ID, Body, canceled, failed, new_id, read_body, to_json
 from fleet.metrics import FrontMetrics
@@ -39,7 +39,8 @@ class Front:
         self._metrics = FrontMetrics()
         self._mean_seconds = 0.0  # of a prediction, lately
         self._kept: dict[str, Answer] = {}  # what every worker answers alike, by path
-        self._state, self._state_until = {"status": "STARTING"}, 0.0
+        self._state: dict[str, Any] = {"status": "STARTING"}
+        self._state_until = 0.0
         self._tasks: set[asyncio.Task[Any]] = set()
         self._routes = (
             Route("/predictions", self.create, methods=["POST"]),
@@ -79,7 +80,7 @@ class Front:
         ticket = TICKETS.get(request.path_params["prediction"])
         return Answer(404, JSON, b"{}") if ticket is None else await self._cancel(ticket)
 
-    async def health_check(self, request: Request) -> Answer:  # noqa: ARG002 - so are they called
+    async def health_check(self, request: Request) -> Answer:
         """Of the fleet, in the form of a server's: READY when the next prediction is taken, BUSY when it is refused."""
         if time.monotonic() > self._state_until:
             self._state = await asyncio.to_thread(fleet_state)

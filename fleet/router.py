@@ -62,7 +62,7 @@ class AffinityRouter(RequestRouter):
         self._dispatcher.add(ticket.id, ticket.weights)
         self._look()
         try:
-            worker = await given
+            worker: str = await given
         except asyncio.CancelledError:
             self._release(ticket)
             raise

@@ -1,4 +1,4 @@
-"""One GPU and one Cog server on it. Ray keeps as many of these as the fleet has workers, and replaces those that end."""
+"""One GPU and one Cog server on it. Ray keeps as many of these as there are workers, and replaces those that end."""
 
 import asyncio
 import json
@@ -17,7 +17,6 @@ from ray import serve
 from fleet.metrics import WorkerMetrics
 from tools import ROOT
 from tools.server import cog_server
-
 
 CONFLICT = 409  # coglet is busy until some milliseconds after its last answer
 RETRY_SECONDS = 0.002

@@ -3,7 +3,6 @@
 It runs in the fleet's own environment, without what the other tests share: script/test-fleet.
 """
 
-import base64
 import json
 import os
 import re
@@ -21,7 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +123,9 @@ def eventually(condition: Callable[[], Any]) -> Any:
 
 @pytest.fixture(scope="module")
 def sleepers() -> Iterator[Fleet]:
-    with started(*SLEEPY, "--workers", "2", "--longest-queue", "6", "--longest-wait", "6", "--longest-prediction", "9", *SHORT) as fleet:
+    with started(
+        *SLEEPY, "--workers", "2", "--longest-queue", "6", "--longest-wait", "6", "--longest-prediction", "9", *SHORT
+    ) as fleet:
         fleet.health()  # so the front has met its workers
         yield fleet
 

@@ -37,7 +37,6 @@ from fetch.limits import FetchLimits
 from fetch.network import plain_reason
 from fetch.references import parse_reference
 from fetch.replicate import ReplicateModel
-from fetch.fetched import FetchedLora
 from fetch.sources import clear_leftovers, fetch_lora, fetch_weights
 from fetch.web import DataUri, FolderFile, WebFile
 from lora.about import describe
