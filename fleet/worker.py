@@ -16,7 +16,7 @@ from ray import serve
 
 from fleet.metrics import WorkerMetrics
 from tools import ROOT
-from tools.server import cog_server
+from tools.server import Project, cog_server
 
 CONFLICT = 409  # coglet is busy until some milliseconds after its last answer
 RETRY_SECONDS = 0.002
@@ -55,7 +55,8 @@ class Worker:
         self._longest_seconds, self._metrics = longest_seconds, WorkerMetrics(name)
         self._started, self._session = ExitStack(), None
         python = SERVER_PYTHON if SERVER_PYTHON.exists() else Path(sys.executable)
-        server = cog_server(on_log=_print, project=Path(project), python=python)
+        served = Project(Path(project), python, checked=project == str(ROOT))
+        server = cog_server(on_log=_print, project=served)
         self._server = self._started.enter_context(server)
 
     async def predict(

@@ -29,7 +29,7 @@ import requests
 
 pytest.importorskip("ray", reason="the fleet's tests run in its own environment: script/test-fleet")
 
-from tools.server import cog_server
+from tools.server import Project, cog_server
 
 ROOT = Path(__file__).parent.parent
 SLEEPER = ROOT / "bench" / "sleeper"
@@ -164,7 +164,7 @@ def busy(fleet: Fleet, pool: ThreadPoolExecutor, seconds: float = 3.0) -> list[F
 
 
 def test_its_answers_are_those_of_a_single_server(sleepers: Fleet) -> None:
-    with cog_server(project=SLEEPER, python=PYTHON) as single:
+    with cog_server(project=Project(SLEEPER, PYTHON, checked=False)) as single:
         for path in ("/", "/openapi.json", "/predictions", "/nothing"):
             one, many = (requests.get(url + path, timeout=PATIENCE) for url in (single.url, sleepers.url))
             assert (one.status_code, one.text) == (many.status_code, many.text), path

@@ -1,12 +1,15 @@
 """The commands of the README, run as a newcomer runs them."""
 
+import io
 import json
 import os
 import signal
 import socket
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ import requests
 from PIL import Image
 
 from bench._common import Goal, judge
+from tests.receiver import receiver
 from tools import ROOT
 from tools.server import ServerError, predict
 
@@ -105,7 +109,23 @@ def test_predict_takes_a_lora_that_is_too_large_to_be_sent(environment: dict[str
 
 @pytest.mark.parametrize(
     "name",
-    ["bench", "demo", "gallery", "lint", "lora", "play", "predict", "schema", "serve", "test", "test-play", "weights"],
+    [
+        "bench",
+        "demo",
+        "fleet",
+        "gallery",
+        "lint",
+        "lora",
+        "play",
+        "predict",
+        "schema",
+        "serve",
+        "test",
+        "test-fleet",
+        "test-image",
+        "test-play",
+        "weights",
+    ],
 )
 def test_every_script_has_help(name: str, tmp_path: Path) -> None:
     for option in ("-h", "--help"):
@@ -128,13 +148,17 @@ def test_a_missed_goal_of_a_benchmark_is_named_and_is_the_exit_status_on_request
     assert capsys.readouterr().out == 2 * named
 
 
-def test_serve_serves_until_ctrl_c(environment: dict[str, str], tmp_path: Path) -> None:
+@contextmanager
+def serving(
+    *options: str, environment: dict[str, str], folder: Path
+) -> "Iterator[tuple[str, subprocess.Popen[str], str]]":
+    """script/serve on a free port, when it serves: its address, its process, what it has logged."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [str(ROOT / "script" / "serve"), "--port", str(port)]
+    command = [str(ROOT / "script" / "serve"), "--port", str(port), *options]
     with subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as serve:
         url = f"http://127.0.0.1:{port}"
         assert serve.stderr is not None
@@ -143,14 +167,39 @@ def test_serve_serves_until_ctrl_c(environment: dict[str, str], tmp_path: Path) 
             log += line
             if line == f"Serving at {url}/predictions; Ctrl-C stops.\n":
                 break
+        yield url, serve, log
+
+
+def test_serve_serves_until_ctrl_c(environment: dict[str, str], tmp_path: Path) -> None:
+    with serving(environment=environment, folder=tmp_path) as (url, serve, log):
         assert _status(url) == "READY"
         assert requests.post(f"{url}/predictions", json={"input": {}}, timeout=None).status_code == 422
         assert "Input" in requests.get(f"{url}/openapi.json", timeout=None).json()["components"]["schemas"]
         os.killpg(serve.pid, signal.SIGINT)  # a terminal's Ctrl-C goes to the whole group
-        log += serve.communicate()[1]
+        rest = serve.communicate()[1]
     assert serve.returncode == 0
-    assert "Traceback" not in log
+    assert "Traceback" not in log + rest
     assert _status(url) is None
+
+
+def test_serve_puts_pictures_into_a_store_and_stops_its_server_at_sigterm(
+    environment: dict[str, str], tmp_path: Path, small: dict[str, Any]
+) -> None:
+    with (
+        receiver("http://store.example/{}") as (store, received),
+        serving("--upload-url", store, environment=environment, folder=tmp_path) as (url, serve, log),
+    ):
+        answer = predict(url, {**small, "num_outputs": 2})
+        os.kill(serve.pid, signal.SIGTERM)  # to script/serve alone
+        rest = serve.communicate()[1]
+    assert serve.returncode == 0
+    assert "Traceback" not in log + rest
+    assert _status(url) is None
+    assert {(one.method, one.path) for one in received} == {("PUT", "/out-0.png"), ("PUT", "/out-1.png")}
+    assert {one.headers["content-type"] for one in received} == {"image/png"}
+    assert all(Image.open(io.BytesIO(one.body)).size == (256, 320) for one in received)
+    kept = f"http://store.example/{answer['id']}"
+    assert sorted(answer["output"]) == [f"{kept}/out-0.png", f"{kept}/out-1.png"]
 
 
 def _status(url: str) -> str | None:

@@ -15,7 +15,6 @@ from typing import Any
 from tools import ROOT
 
 PREDICTOR = ROOT / "predict.py"
-SCHEMA_FILE = ROOT / ".cog" / "openapi_schema.json"
 TYPES: dict[str, dict[str, str]] = {
     "str": {"type": "string"},
     "int": {"type": "integer"},
@@ -28,13 +27,15 @@ BOUNDS = {"ge": "minimum", "le": "maximum"}
 Json = dict[str, Any]
 
 
-def write_schema() -> Path:
-    """Write predict.py's document to `SCHEMA_FILE` unless that is what it holds. Returns its path."""
-    document = to_cog_json(openapi_document(PREDICTOR.read_text()))
-    if not SCHEMA_FILE.exists() or SCHEMA_FILE.read_text() != document:
-        SCHEMA_FILE.parent.mkdir(exist_ok=True)
-        SCHEMA_FILE.write_text(document)
-    return SCHEMA_FILE
+def write_schema(folder: Path = ROOT) -> Path:
+    """Write the document of the folder's predict.py where coglet looks for it, unless that is what the file holds
+    already. Returns its path."""
+    document = to_cog_json(openapi_document((folder / PREDICTOR.name).read_text()))
+    file = folder / ".cog" / "openapi_schema.json"
+    if not file.exists() or file.read_text() != document:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(document)
+    return file
 
 
 def to_cog_json(document: Json) -> str:

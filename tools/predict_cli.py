@@ -7,13 +7,14 @@ import mimetypes
 import os
 import re
 import shutil
+import signal
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from tools.cog_schema import PREDICTOR, openapi_document
-from tools.server import ServerError, cog_server
+from tools.server import ServerError, cog_server, end_on_sigterm
 
 PROGRESS_BAR = re.compile(r"\d+%\|")
 MIB = 1 << 20
@@ -33,6 +34,7 @@ class UsageError(ValueError):
 def main() -> int:
     """Returns the exit code: 0 when the prediction succeeded."""
     arguments = _parse_arguments()
+    end_on_sigterm(128 + signal.SIGTERM)
     schema = openapi_document(PREDICTOR.read_text())["components"]["schemas"]
     try:
         texts = _json_inputs(arguments.json) if arguments.json else _flag_inputs(arguments.input)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import requests
 
@@ -41,13 +42,10 @@ class CogServer:
 
 def predict(url: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Make a prediction on the server at `url`, however long it takes. Returns coglet's whole answer. Raises
-    `ServerError` when that is no JSON, and when the server ends before it answers."""
+    `ServerError` when that is no JSON."""
     while True:
-        try:
-            wait_until_idle(url)
-            response = requests.post(f"{url}/predictions", json={"input": dict(inputs)}, timeout=None)
-        except requests.ConnectionError:
-            raise ServerError("Cog's server ended before it answered.") from None
+        wait_until_idle(url)
+        response = requests.post(f"{url}/predictions", json={"input": dict(inputs)}, timeout=None)
         if response.status_code != CONFLICT:  # coglet is busy until a few milliseconds after an answer
             break
         time.sleep(POLL_SECONDS)
@@ -58,28 +56,40 @@ def predict(url: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
     return answer
 
 
+class Project(NamedTuple):
+    """What is served."""
+
+    folder: Path = ROOT  # with predict.py
+    python: Path = Path(sys.executable)  # has what that needs
+    checked: bool = True  # whether requests are checked against the schema of predict.py
+
+
+OURS = Project()
+
+
 @contextmanager
 def cog_server(
     environment: Mapping[str, str] | None = None,
     on_log: Callable[[str], None] = lambda line: None,
-    host: str = "127.0.0.1",
-    port: int | None = None,
-    project: Path = ROOT,
-    python: Path = Path(sys.executable),
+    address: tuple[str, int | None] = ("127.0.0.1", None),
+    upload_url: str | None = None,
+    project: Project = OURS,
 ) -> Iterator[CogServer]:
-    """Serve `predict.py:Predictor`, on a free port if none is named; the body runs when the server is ready.
+    """Serve `predict.py:Predictor`; the body runs when the server is ready.
 
     `environment` is added to this process's own. `on_log` is called, on another thread, with every line that the
-    predictor logs, and with coglet's own warnings. `project` is the folder with predict.py and `python` has what that
-    needs. The server ends with the thread that calls this. Raises `ServerError` when `setup()` fails.
+    predictor logs, and with coglet's own warnings. `address` is the host to listen on and the port, None for a free
+    one. With an `upload_url` coglet puts the pictures there. The server ends with the thread that calls this, however
+    that ends. Raises `ServerError` when `setup()` fails.
     """
-    if project == ROOT:
-        write_schema()
-    port = port or _free_port()
+    if project.checked:
+        write_schema(project.folder)
+    host, port = address[0], address[1] or _free_port()
+    upload = ["--upload-url", upload_url] if upload_url else []
     process = subprocess.Popen(
-        [*_ended_with_us(), str(python), "-m", "cog.server.http", "--host", host],
-        cwd=project,
-        env={**os.environ, **_server_environment(port, python), **(environment or {})},
+        [*_ended_with_us(), str(project.python), "-m", "cog.server.http", "--host", host, *upload],
+        cwd=project.folder,
+        env={**os.environ, **_server_environment(port, project.python), **(environment or {})},
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
@@ -101,6 +111,12 @@ def cog_server(
         listener.join(5)
         if process.stderr:
             process.stderr.close()
+
+
+def end_on_sigterm(status: int) -> None:
+    """Have SIGTERM end this process as an exception does, with that exit status: the server that it started is stopped
+    on the way."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(status))
 
 
 def _ended_with_us() -> list[str]:
