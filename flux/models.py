@@ -161,7 +161,8 @@ def _load_part(residency: Residency, name: str, folder: Path, dtype: torch.dtype
 
 
 def fill_device(models: Models) -> None:
-    """Bring to a device of limited memory what it can hold at once: text encoders, VAE, dev, schnell, in this order.
+    """Bring to a device of limited memory what the first model needs, as far as it can hold that at once: VAE, text
+    encoders, both precisions of the transformer.
 
     Raises `TooSmallError` when it cannot run even the smallest transformer.
     """

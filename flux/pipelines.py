@@ -177,7 +177,8 @@ def _noised(start: Start, image: torch.Tensor, step: int) -> torch.Tensor:
 
 
 def warm_up(models: Models) -> None:
-    """Run every transformer that is on the device, or has room there, for one step: what is to be compiled is, then.
+    """Run every transformer that is on the device for one step, on a CPU all of them: what is to be compiled is, then.
+    A model that comes later has the same blocks and compiles nothing.
 
     cuDNN's attention makes a plan for every new shape, which takes up to half a second: where it is used, each model
     also runs a step of every named size.

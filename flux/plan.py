@@ -65,6 +65,7 @@ class Layout:
     """Where the parts are at the start."""
 
     resident: list[str]  # brought to the device, in this order
+    later: list[str]  # have room beside those, and come when they are first asked for
     streamed: list[str]  # encoders whose blocks come to the device one by one when a prompt is encoded
     waiting: list[str]  # the other parts, built when asked for from files that host memory can hold
     on_disk: list[str]  # the same from files that it cannot hold as well
@@ -85,6 +86,7 @@ def plan_layout(sizes: Sizes, memory: Memory, transformers: Sequence[str], work:
 
     - The two precisions of a model are on the device together where they can be, rather than whole encoders.
     - Room for the pristine weights of the first model comes before a second model.
+    - A second model comes later, so that the first picture does not wait for it.
 
     Raises `TooSmallError` when not one transformer, or not even the encoders, can be on the device.
     """
@@ -107,9 +109,9 @@ def plan_layout(sizes: Sizes, memory: Memory, transformers: Sequence[str], work:
     left = memory.device - work - sum(of[name] for name in fit_first)
     if usable[0] in fit_first:
         left -= whole[_file(usable[0])]  # for its pristine weights
-    fit_then = _that_fit((name for name in usable if name not in first), of, left)
-    resident = [name for name in (VAE, *ENCODERS, *usable) if name in (*fit_first, *fit_then)]
-    others = [name for name in (*ENCODERS, *usable) if name not in resident]
+    later = _that_fit((name for name in usable if name not in first), of, left)
+    resident = [name for name in (VAE, *ENCODERS, *usable) if name in fit_first]
+    others = [name for name in (*ENCODERS, *usable) if name not in (*resident, *later)]
     host, files, waiting, on_disk = memory.host, set[str](), list[str](), list[str]()
     for name in others:
         file = _file(name)
@@ -120,7 +122,9 @@ def plan_layout(sizes: Sizes, memory: Memory, transformers: Sequence[str], work:
             host -= 0 if file in files else whole[file]
             files.add(file)
     twins = sum(whole[name] for name in usable if name.endswith(FP8_SUFFIX))
-    return Layout(resident, streamed, waiting, on_disk, keeps_twins=bool(others) and not on_disk and twins <= host)
+    return Layout(
+        resident, later, streamed, waiting, on_disk, keeps_twins=bool(others) and not on_disk and twins <= host
+    )
 
 
 def _that_fit(names: Iterable[str], sizes: Mapping[str, int], left: int) -> list[str]:

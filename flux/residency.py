@@ -140,6 +140,7 @@ class Residency:
         for name in layout.resident:
             self.use(self._parts[name].live.module)
         for names, text in (
+            (layout.later, "comes to the device when it is first asked for, and stays"),
             (layout.waiting, "built from host memory when asked for"),
             (layout.on_disk, "built from the disk when asked for, because host memory cannot hold its file as well"),
         ):

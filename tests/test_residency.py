@@ -75,7 +75,12 @@ def test_two_precisions_come_before_whole_encoders_and_pristine_weights_before_a
     assert (layout(45).resident, layout(45).streamed) == ([VAE, CLIP, T5, "dev", "dev fp8"], [T5])
     assert (layout(49).resident, layout(49).streamed) == ([VAE, CLIP, T5, "dev", "dev fp8"], [])
     assert layout(83).resident == [VAE, CLIP, T5, "dev", "dev fp8"]
-    assert layout(96).resident == [VAE, CLIP, T5, "dev", "dev fp8", "schnell"]
+
+
+def test_a_second_model_that_fits_comes_later() -> None:
+    for card, later in ((83, []), (96, ["schnell"]), (140, ["schnell", "schnell fp8"])):
+        assert (layout(card).resident, layout(card).later) == ([VAE, CLIP, T5, "dev", "dev fp8"], later)
+        assert not {*layout(card).waiting, *layout(card).on_disk} & {*later}
 
 
 def test_fp8_weights_stay_in_host_memory_where_they_will_have_to_leave_the_device_and_it_holds_them() -> None:
