@@ -4,9 +4,13 @@ It has every part that the real checkpoint has, so the same code loads and runs 
 and benchmarks build theirs with it.
 """
 
+import json
+import math
 import string
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -15,6 +19,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 LATENT_CHANNELS = 16
+SHARD_BYTES = 10 * 10**9
 
 
 @dataclass(frozen=True)
@@ -169,3 +174,48 @@ def _t5_tokenizer() -> T5Tokenizer:
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     letters = [(letter, -4.0) for letter in string.ascii_letters + string.digits + string.punctuation]
     return T5Tokenizer(vocab=special + letters, extra_ids=0, model_max_length=512)
+
+
+def write_repeating_flux(folder: Path, size: FluxSize, *, model: str) -> None:
+    """Write the files of a checkpoint of `model` in bfloat16, in shards as FLUX.1's are, for whoever loads and reads
+    it: its numbers repeat. No more than 64 MiB of them are in memory, so that a model of any size can be made."""
+    with torch.device("meta"):
+        networks = new_networks(size, model=model)
+    numbers = torch.randn(2**25, dtype=torch.bfloat16).mul_(0.02).view(torch.uint8).numpy().tobytes()
+    for part, network in networks.items():
+        shapes = {name: list(value.shape) for name, value in network.named_parameters()}
+        if isinstance(network, transformers.PreTrainedModel):
+            network.config.save_pretrained(folder / part)
+            _write_shards(folder / part, "model", shapes, numbers)
+        else:
+            network.save_config(folder / part)  # type: ignore[operator]  # diffusers': torch's stubs hide it
+            _write_shards(folder / part, "diffusion_pytorch_model", shapes, numbers)
+    new_scheduler(model).save_pretrained(folder / "scheduler")
+    _clip_tokenizer().save_pretrained(folder / "tokenizer")
+    _t5_tokenizer().save_pretrained(folder / "tokenizer_2")
+
+
+def _write_shards(folder: Path, stem: str, shapes: Mapping[str, list[int]], numbers: bytes) -> None:
+    """safetensors files: the length of the header, the header in JSON, the tensors one after another
+    (https://huggingface.co/docs/safetensors), and the index that says which file has what."""
+    shards: list[dict[str, Any]] = [{}]
+    end = 0
+    for name, shape in shapes.items():
+        nbytes = 2 * math.prod(shape)
+        if end + nbytes > SHARD_BYTES:
+            shards.append({})
+            end = 0
+        shards[-1][name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + nbytes]}
+        end += nbytes
+    names = [f"{stem}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    for name, shard in zip(names, shards, strict=True):
+        header = json.dumps(shard).encode()
+        header += b" " * (-len(header) % 8)  # so that the tensors are aligned
+        left = max(tensor["data_offsets"][1] for tensor in shard.values())
+        with (folder / name).open("wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            while left:
+                left -= file.write(numbers[:left])
+    places = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+    index = {"metadata": {"total_size": sum(2 * math.prod(shape) for shape in shapes.values())}, "weight_map": places}
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
