@@ -9,7 +9,7 @@ from typing import Any
 
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException, RequestCancelledError
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponse
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Match, Route
@@ -141,7 +141,7 @@ class Front:
         if ticket.canceled:
             raise asyncio.CancelledError
         arrived = time.monotonic()
-        call = self._workers.predict.remote(ticket.id, *sent)
+        call = self._call(ticket, sent)
         ticket.leave_queue = call.cancel
         overdue = asyncio.get_running_loop().call_later(self._longest_wait, ticket.end_waiting)
         try:
@@ -158,6 +158,9 @@ class Front:
         finally:
             overdue.cancel()
             ticket.release()
+
+    def _call(self, ticket: Ticket, sent: tuple[Any, ...]) -> DeploymentResponse:
+        return self._workers.predict.remote(ticket.id, *sent)
 
     async def _cancel(self, ticket: Ticket) -> Answer:
         ticket.canceled = True

@@ -1,5 +1,4 @@
-"""Draw a picture with what the container's image would hold: its files alone, on the Python that runs this.
-"""
+"""Draw a picture with what the container's image would hold: its files alone, on the Python that runs this."""
 
 import base64
 import shutil

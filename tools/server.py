@@ -84,7 +84,7 @@ def cog_server(
     """
     if project.checked:
         write_schema(project.folder)
-    host, port = address[0], address[1] or _free_port()
+    host, port = address[0], address[1] or free_port()
     upload = ["--upload-url", upload_url] if upload_url else []
     process = subprocess.Popen(
         [*_ended_with_us(), str(project.python), "-m", "cog.server.http", "--host", host, *upload],
@@ -135,7 +135,8 @@ def _server_environment(port: int, python: Path) -> dict[str, str]:
     }
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """One that nobody listens on now, on this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
