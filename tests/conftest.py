@@ -65,6 +65,14 @@ def server(environment: dict[str, str]) -> Iterator[Server]:
     log: list[str] = []
     with cog_server(environment, on_log=log.append) as running:
         yield Server(running.url, log)
+    assert running.process.returncode == 0
+
+
+@pytest.fixture
+def light(tmp_path: Path) -> dict[str, str]:
+    """What a server needs to run the predictor of tests/light.py, which has no models."""
+    folders = {"LORA_CACHE_DIR": str(tmp_path / "loras"), "TMPDIR": str(tmp_path)}
+    return {"COG_PREDICT_TYPE_STUB": "tests/light.py:Predictor", **folders}
 
 
 SMALL = {"prompt": "a red circle", "aspect_ratio": "custom", "width": 256, "height": 320, "output_format": "png"}

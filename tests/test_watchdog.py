@@ -7,11 +7,11 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 import requests
 
+from guards import REFUSAL
 from service.watchdog import BEGUN, ENDED, Guard
 from tools.server import CogServer, cog_server
 
@@ -59,16 +59,16 @@ def wait_for_the_end(cog: CogServer) -> int:
 pytestmark = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="reads /proc")
 
 
-def test_a_server_whose_worker_is_dead_ends_with_an_error(environment: dict[str, str]) -> None:
+def test_a_server_whose_worker_is_dead_ends_with_an_error(light: dict[str, str]) -> None:
     log: list[str] = []
-    with cog_server(environment, on_log=log.append) as cog:
+    with cog_server(light, on_log=log.append) as cog:
         (worker,) = children(cog.process.pid)
         os.kill(worker, signal.SIGKILL)
         assert wait_for_the_end(cog) != 0
     assert "watchdog: the worker is dead: the server is ended" in log
 
 
-def test_a_request_that_takes_too_long_ends_the_server(environment: dict[str, str], small: dict[str, Any]) -> None:
+def test_a_request_that_takes_too_long_ends_the_server(light: dict[str, str]) -> None:
     """Its LoRA drips for ever. Other requests before it have their time, and an idle server has no limit."""
     ended = threading.Event()
 
@@ -81,24 +81,38 @@ def test_a_request_that_takes_too_long_ends_the_server(environment: dict[str, st
 
     with (
         socket.create_server(("127.0.0.1", 0)) as hostile,
-        cog_server(
-            environment | {"INPUT_TIMEOUT": "4", "REQUEST_TIMEOUT": "12", "LORA_ALLOW_PRIVATE_HOSTS": "1"}
-        ) as cog,
+        cog_server(light | {"INPUT_TIMEOUT": "3", "REQUEST_TIMEOUT": "6", "LORA_ALLOW_PRIVATE_HOSTS": "1"}) as cog,
     ):
         threading.Thread(target=drip, args=(hostile,), daemon=True).start()
-        assert cog.predict(small)["status"] == "succeeded"
-        time.sleep(6)  # an idle server is left alone
-        assert cog.predict(small)["status"] == "succeeded"
+        assert cog.predict({"prompt": "x"})["status"] == "succeeded"
+        time.sleep(4)  # an idle server is left alone
+        assert cog.predict({"prompt": "4"})["status"] == "succeeded"
         url = f"http://127.0.0.1:{hostile.getsockname()[1]}/x.safetensors"
         with suppress(requests.ConnectionError):
-            body = {"input": {**small, "extra_lora": url}}
+            body = {"input": {"prompt": "x", "extra_lora": url}}
             answer = requests.post(f"{cog.url}/predictions", json=body, timeout=SECONDS)
             assert answer.json()["status"] == "failed"
         assert wait_for_the_end(cog) != 0
         ended.set()
 
 
-def test_a_server_that_is_asked_to_end_does_so_without_an_error(environment: dict[str, str]) -> None:
-    with cog_server(environment) as cog:
+def test_a_server_that_is_asked_to_end_does_so_without_an_error(light: dict[str, str]) -> None:
+    """The fixture `server` asks the same of one that has served all that the tests asked for."""
+    with cog_server(light) as cog:
         cog.process.terminate()
         assert wait_for_the_end(cog) == 0
+
+
+def test_the_predictor_itself_is_guarded(environment: dict[str, str], tmp_path: Path) -> None:
+    """The other tests of the guards have a predictor without models."""
+    guards = {"INPUTS_AS_DATA_ONLY": "1", "REQUEST_TIMEOUT": "1", "TMPDIR": str(tmp_path)}
+    slow = {"prompt": "x", "aspect_ratio": "custom", "width": 1440, "height": 1440, "num_inference_steps": 50}
+    log: list[str] = []
+    with cog_server(environment | guards, on_log=log.append) as cog:
+        assert REFUSAL in cog.predict({"prompt": "x", "image": "http://169.254.169.254/x"})["error"]
+        with suppress(requests.ConnectionError):
+            answer = requests.post(f"{cog.url}/predictions", json={"input": slow}, timeout=SECONDS)
+            assert answer.json()["status"] == "failed"
+        assert wait_for_the_end(cog) != 0
+    assert "watchdog: a request has run for more than REQUEST_TIMEOUT, 1 s: the worker is ended" in log
+    assert "watchdog: the worker is dead: the server is ended" in log
