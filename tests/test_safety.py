@@ -2,9 +2,11 @@
 every way in which a checker can break, through Cog's real server."""
 
 import importlib.util
+import inspect
 import re
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,13 +22,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessor, pipeline
 
+from predict import Predictor
 from published import CONCEPTS, VIT
 from safety import GREY, SafetyError, Screener, load_screener
 from settings import SettingsError, read_settings
 from tests.checkers import VIT_PREPROCESSOR, write_concepts, write_vit
 from tests.conftest import Server, data_url, decode_picture, failure, same
 from tests.web import Web, read_folder, serve
-from tools.server import CogServer, ServerError, cog_server
+from tools.server import CogServer, cog_server
 
 CPU = torch.device("cpu")
 ALWAYS, NEVER = torch.full((17,), -2.0), torch.full((17,), 2.0)  # as thresholds of cosines
@@ -268,23 +271,53 @@ def test_two_stages_come_from_hugging_face_and_screen_inputs_too(checkpoints: di
 FAILED = "Screening failed, which says nothing about the pictures, and none is shown: the safety checker "
 
 
-def test_a_checker_that_breaks_on_a_picture_shows_nothing(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+@pytest.fixture
+def predictor_with(
+    environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Predictor]]:
+    """The predictor in this process, set up with these variables as well."""
+    made: list[Predictor] = []
+
+    def predictor_with(**own: str) -> Predictor:
+        for name, value in (environment | own).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        predictor = Predictor()
+        predictor.setup()
+        made.append(predictor)
+        return predictor
+
+    yield predictor_with
+    for predictor in made:
+        predictor.output_folders.cleanup()
+
+
+def test_a_checker_that_breaks_on_a_picture_shows_nothing(
+    predictor_with: Callable[..., Predictor], tmp_path: Path
+) -> None:
     """The first layer overflows on all but grey, and without resizing another size than 224 x 224 raises."""
     unresized = {"do_resize": False, "do_rescale": False, "image_mean": [128.0] * 3, "image_std": [1.0] * 3}
     folder = write_vit(
         tmp_path / "vit", nsfw_bias=-1000, patch_weight=1e36, preprocessor={**VIT_PREPROCESSOR, **unresized}
     )
-    with running({"SAFETY_MODEL": "vit", "SAFETY_VIT": str(folder)}, checkpoints) as cog:
-        server = Server(cog.url)
-        for picture, reason in (
-            (Image.new("RGB", (224, 224), "white"), "gave no usable score."),
-            (Image.new("RGB", (256, 256)), "raised ValueError."),
-        ):
-            answer = server(**TINY, image=data_url(picture), num_outputs=2)
-            assert failure(answer) == FAILED + reason
-            assert not answer.get("output")
-            assert same(server.pictures(**TINY, image=data_url(GREY))[0], GREY)
-        assert health(cog)["status"] == "READY"
+    predictor = predictor_with(SAFETY_MODEL="vit", SAFETY_VIT=str(folder))
+    defaults = {name: one.default.default for name, one in inspect.signature(predictor.run).parameters.items()}
+
+    def drawn(picture: Image.Image, **inputs: Any) -> list[Image.Image]:
+        with tempfile.NamedTemporaryFile(suffix=".png", delete=False) as file:  # where Cog puts it
+            picture.save(file)
+        return [Image.open(path) for path in predictor.run(**defaults | TINY | inputs | {"image": Path(file.name)})]
+
+    for picture, reason in (
+        (Image.new("RGB", (224, 224), "white"), "gave no usable score."),
+        (Image.new("RGB", (256, 256)), "raised ValueError."),
+    ):
+        with pytest.raises(SafetyError) as caught:
+            drawn(picture, num_outputs=2)
+        assert str(caught.value) == FAILED + reason
+        [shown] = drawn(GREY)
+        assert same(shown, GREY)
+    assert predictor.healthcheck()
 
 
 def health(cog: CogServer) -> dict[str, Any]:
@@ -338,14 +371,12 @@ def test_cancelling_in_the_midst_of_screening_harms_nothing(checkpoints: dict[st
         assert health(cog)["status"] == "READY"
 
 
-def test_a_checker_that_cannot_be_loaded_fails_the_setup_in_one_sentence(tmp_path: Path) -> None:
+def test_a_checker_that_cannot_be_loaded_fails_the_setup_in_one_sentence(
+    predictor_with: Callable[..., Predictor], tmp_path: Path
+) -> None:
     folder = write_vit(tmp_path / "vit")
     truncated(folder)
-    log: list[str] = []
-    with (
-        pytest.raises(ServerError) as caught,
-        cog_server({"SAFETY_MODEL": "vit", "SAFETY_VIT": str(folder)}, on_log=log.append),
-    ):
-        pass
+    with pytest.raises(SettingsError) as caught:
+        predictor_with(SAFETY_MODEL="vit", SAFETY_VIT=str(folder))
     assert f"The environment variable SAFETY_VIT leads to {folder}, whose checker cannot" in str(caught.value)
-    assert "Traceback" not in "".join(log)
+    assert "\n" not in str(caught.value)

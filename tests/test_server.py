@@ -14,6 +14,8 @@ from PIL import Image
 
 from flux.device import compute_dtype
 from images import MOST_INPUT_PIXELS
+from predict import Predictor
+from settings import SettingsError
 from tests.conftest import Server, data_url, decode_picture, failure, raw_data_url, same
 from tests.oracle import diffusers_picture, load_oracle, small_picture
 from tools.server import ServerError, cog_server, wait_until_idle
@@ -334,16 +336,25 @@ def test_outputs_do_not_pile_up(server: Server, environment: dict[str, str], sma
 
 
 @pytest.mark.parametrize(
-    ("environment", "sentence"),
+    ("name", "value", "sentence"),
     [
-        ({"FLUX_DEV": "/nowhere"}, "The environment variable FLUX_DEV is '/nowhere', which is neither a folder"),
-        ({"FLUX_DEVICE": "tpu"}, "The environment variable FLUX_DEVICE must be cpu, cuda or cuda:<number>"),
-        ({"COG_WEIGHTS": "/nowhere/lora.tar"}, "/nowhere/lora.tar cannot be read: No such file or directory."),
+        ("FLUX_DEV", "/nowhere", "The environment variable FLUX_DEV is '/nowhere', which is neither a folder"),
+        ("FLUX_DEVICE", "tpu", "The environment variable FLUX_DEVICE must be cpu, cuda or cuda:<number>"),
     ],
 )
-def test_a_wrong_environment_fails_the_setup_in_one_sentence(environment: dict[str, str], sentence: str) -> None:
-    log: list[str] = []
-    with pytest.raises(ServerError) as caught, cog_server(environment, on_log=log.append):
-        pass
+def test_a_wrong_environment_fails_the_setup_in_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, sentence: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError) as caught:
+        Predictor().setup()
     assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_server_whose_setup_fails_says_why_and_no_more() -> None:
+    log: list[str] = []
+    with pytest.raises(ServerError) as caught, cog_server({"COG_WEIGHTS": "/nowhere/lora.tar"}, on_log=log.append):
+        pass
+    assert "/nowhere/lora.tar cannot be read: No such file or directory." in str(caught.value)
     assert "Traceback" not in "".join(log)
