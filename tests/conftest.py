@@ -3,12 +3,17 @@
 import base64
 import io
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+# Before torch is loaded, and for the servers too: the models here are so small that threads which wait for each other
+# cost more than they bring, and several times as much on a machine that has something else to do.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest

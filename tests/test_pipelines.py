@@ -114,6 +114,20 @@ def test_a_picture_that_is_not_finite_is_an_error_and_not_black(
         decode(flux, latents, (256, 256))
 
 
+def test_the_same_job_is_the_same_picture_on_several_threads(models: dict[str, Precisions], photo: Image.Image) -> None:
+    """The other tests have one, where nothing else is set."""
+    size, threads = (256, 320), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for flux in models["dev"].exact, models["dev"].fast:
+            posterior = encode_picture(flux, photo.resize(size))
+            job = Job(size, 2, 3.0, encode_prompt(flux, PROMPT), posterior=posterior, mask=photo.convert("L"))
+            first, again = (ours(flux, job, seed=11) for _ in range(2))
+            assert np.array_equal(np.asarray(first), np.asarray(again))
+    finally:
+        torch.set_num_threads(threads)
+
+
 @given(st.integers(1, 50), st.floats(0, 1))
 def test_the_count_of_steps_is_that_of_diffusers(steps: int, strength: float) -> None:
     class Scheduler:
