@@ -9,6 +9,7 @@ from typing import Any
 from cog import BaseRunner, Path
 from PIL import Image
 
+from fetch.pictures import fetch_inputs, take_as_sent
 from fetch.sources import fetch_lora
 from guards import Guards
 from images import OutputFolders, read_inputs, save_pictures
@@ -21,6 +22,7 @@ class Predictor(BaseRunner):
     """Takes the contract's inputs. The input picture is the output, and a prompt such as `2` makes it take 2 s."""
 
     def setup(self) -> None:
+        take_as_sent(Predictor.run, "image")
         self.settings = read_settings()
         self.output_folders = OutputFolders()
         self.guards = Guards(self.settings)
@@ -35,7 +37,7 @@ class Predictor(BaseRunner):
         **_: Any,
     ) -> list[Path]:
         with self.guards.request(), explained(InputError, LoraError):
-            inputs = read_inputs(image, None, "1:1", "0.25", None, None)
+            inputs = read_inputs(*fetch_inputs(image, None, self.settings), "1:1", "0.25", None, None)
             for reference in filter(None, (replicate_weights, extra_lora)):
                 fetch_lora(reference, self.settings)
             if prompt.isdecimal():
