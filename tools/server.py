@@ -42,10 +42,13 @@ class CogServer:
 
 def predict(url: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Make a prediction on the server at `url`, however long it takes. Returns coglet's whole answer. Raises
-    `ServerError` when that is no JSON."""
+    `ServerError` when that is no JSON, and when the server ends before it answers."""
     while True:
-        wait_until_idle(url)
-        response = requests.post(f"{url}/predictions", json={"input": dict(inputs)}, timeout=None)
+        try:
+            wait_until_idle(url)
+            response = requests.post(f"{url}/predictions", json={"input": dict(inputs)}, timeout=None)
+        except requests.ConnectionError:
+            raise ServerError("Cog's server ended before it answered.") from None
         if response.status_code != CONFLICT:  # coglet is busy until a few milliseconds after an answer
             break
         time.sleep(POLL_SECONDS)
