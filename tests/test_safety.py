@@ -304,9 +304,8 @@ def test_a_checker_that_breaks_on_a_picture_shows_nothing(
     defaults = {name: one.default.default for name, one in inspect.signature(predictor.run).parameters.items()}
 
     def drawn(picture: Image.Image, **inputs: Any) -> list[Image.Image]:
-        with tempfile.NamedTemporaryFile(suffix=".png", delete=False) as file:  # where Cog puts it
-            picture.save(file)
-        return [Image.open(path) for path in predictor.run(**defaults | TINY | inputs | {"image": Path(file.name)})]
+        paths = predictor.run(**defaults | TINY | inputs | {"image": data_url(picture)})
+        return [Image.open(path) for path in paths]
 
     for picture, reason in (
         (Image.new("RGB", (224, 224), "white"), "gave no usable score."),

@@ -108,7 +108,10 @@ def test_the_predictor_itself_is_guarded(environment: dict[str, str], tmp_path: 
     slow = {"prompt": "x", "aspect_ratio": "custom", "width": 1440, "height": 1440, "num_inference_steps": 50}
     log: list[str] = []
     with cog_server(environment | guards, on_log=log.append) as cog:
-        assert "takes pictures only as data: URIs" in cog.predict({"prompt": "x", "image": "http://169.254.169.254/x"})["error"]
+        assert (
+            "takes pictures only as data: URIs"
+            in cog.predict({"prompt": "x", "image": "http://169.254.169.254/x"})["error"]
+        )
         with suppress(requests.ConnectionError):
             answer = requests.post(f"{cog.url}/predictions", json={"input": slow}, timeout=SECONDS)
             assert answer.json()["status"] == "failed"
