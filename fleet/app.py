@@ -14,7 +14,7 @@ from tools import ROOT
 
 CALLS_BESIDE = 32  # that a worker answers while it is at a prediction: cancelling, its state
 MOST_CALLS = 100_000  # that the front has open: its own bound is the queue's
-HEALTH_PERIOD, HEALTH_TIMEOUT = 5.0, 10.0  # seconds
+HEALTH_PERIOD, HEALTH_TIMEOUT = 5.0, 20.0  # seconds
 CONSTRUCTOR_TRIES = 2
 # The router is called on the front's own event loop: its tickets are shared, and a call to another thread costs time.
 FRONT_ENVIRONMENT = {"RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}

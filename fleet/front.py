@@ -27,6 +27,7 @@ ASK_SECONDS = 30.0
 STATE_SECONDS = 1.0  # for which what Ray said of the fleet is taken as true
 CANCEL_SECONDS, CANCEL_PAUSE = 5.0, 0.02  # in which a prediction that has got its worker arrives there
 LONGEST_RETRY_AFTER = 600
+LATE = "No worker was free in time: try again later."
 LOST = "The worker that ran this prediction was lost, and so was the one that tried it again."
 
 
@@ -100,7 +101,7 @@ class Front:
         if not VALID_ID.fullmatch(id_):
             return _unprocessable("prediction ID must be 1 to 64 of the characters A-Z a-z 0-9 _ -")
         if id_ in TICKETS:
-            return await self._state_of(TICKETS[id_], raw)
+            return _state_of(TICKETS[id_])
         if self._full():
             return self._refused("The queue is full: try again later.")
         ticket = TICKETS[id_] = Ticket(id_, body.weights, body.input)
@@ -125,11 +126,12 @@ class Front:
                 ticket.wait_again()
                 self._metrics.retried()
             own = failed(ticket.id, LOST)
-        except asyncio.CancelledError:  # its call was, by us, while it waited
-            if not ticket.canceled:
-                own = failed(ticket.id, refusal := "No worker was free in time: try again later.")
-                await send_webhook(body, own)
-                return self._refused(refusal)
+        except asyncio.CancelledError:
+            if ticket.overdue:
+                await send_webhook(body, failed(ticket.id, LATE))
+                return self._refused(LATE)
+            if not ticket.canceled:  # by us, while it waited: else the front itself ends
+                raise
             own = canceled(ticket.id)
         finally:
             TICKETS.pop(ticket.id, None)
@@ -143,7 +145,7 @@ class Front:
         arrived = time.monotonic()
         call = self._call(ticket, sent)
         ticket.leave_queue = call.cancel
-        overdue = asyncio.get_running_loop().call_later(self._longest_wait, ticket.end_waiting)
+        overdue = asyncio.get_running_loop().call_later(self._longest_wait, ticket.give_up)
         try:
             answer: Answer = await call
         except RequestCancelledError:
@@ -163,8 +165,7 @@ class Front:
         return self._workers.predict.remote(ticket.id, *sent)
 
     async def _cancel(self, ticket: Ticket) -> Answer:
-        ticket.canceled = True
-        ticket.end_waiting()
+        ticket.cancel()
         deadline = time.monotonic() + CANCEL_SECONDS
         while ticket.worker and ticket.id in TICKETS and time.monotonic() < deadline:
             path = f"/predictions/{ticket.id}/cancel"
@@ -174,25 +175,16 @@ class Front:
             await asyncio.sleep(CANCEL_PAUSE)
         return Answer(200, JSON, b"{}")
 
-    async def _state_of(self, ticket: Ticket, raw: bytes) -> Answer:
-        """Of a prediction that is under way; its input as it was sent, without what the front has added."""
-        state = {"id": ticket.id, "input": ticket.input, "logs": "", "metrics": {}, "status": "starting"}
-        if ticket.worker:
-            answer = await self._ask("PUT", f"/predictions/{ticket.id}", raw, ticket.worker)
-            if answer is not None and answer.status == 202:
-                state = json.loads(answer.body) | {"input": ticket.input}
-        return Answer(202, JSON, to_json(state))
-
     async def _same_everywhere(self, path: str) -> Answer | None:
         if path not in self._kept and (answer := await self._ask("GET", path)):
             self._kept[path] = answer
         return self._kept.get(path)
 
-    async def _ask(self, method: str, path: str, body: bytes = b"", worker: str = "") -> Answer | None:
+    async def _ask(self, method: str, path: str, worker: str = "") -> Answer | None:
         """A worker's answer, that one's if one is named; None when there is none."""
         try:
             async with asyncio.timeout(ASK_SECONDS):
-                answer: Answer = await self._workers.ask.remote(method=method, path=path, body=body, worker=worker)
+                answer: Answer = await self._workers.ask.remote(method=method, path=path, worker=worker)
                 return answer
         except (RayError, RayServeException, TimeoutError):
             return None
@@ -210,6 +202,13 @@ class Front:
         self._tasks.add(task)  # the loop itself keeps none alive
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+def _state_of(ticket: Ticket) -> Answer:
+    """Of a prediction that is under way. A server would say more, but could take the question for a new prediction."""
+    status = "processing" if ticket.worker else "starting"
+    state = {"id": ticket.id, "input": ticket.input, "logs": "", "metrics": {}, "status": status}
+    return Answer(202, JSON, to_json(state))
 
 
 def _unavailable(why: str, retry_after: int) -> Answer:

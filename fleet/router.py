@@ -27,6 +27,11 @@ class AffinityRouter(RequestRouter):
         """One task for each request: Ray's twice as many as workers would hide the rest of the queue."""
         return self.max_num_routing_tasks_cap
 
+    @property
+    def supports_rejection_protocol(self) -> bool:
+        """No: nobody else gives a worker anything, so that none needs to be asked whether it has room."""
+        return False
+
     def initialize_state(self, swap_seconds: float) -> None:
         """Called by Ray with the deployment's `request_router_kwargs`."""
         self._dispatcher = Dispatcher(swap_seconds)

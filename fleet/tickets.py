@@ -21,6 +21,7 @@ class Ticket:
     worker: str | None = None  # that runs it; None while it waits
     began: float = 0.0  # on the clock of time.monotonic
     canceled: bool = False
+    overdue: bool = False  # it has waited for too long
     leave_queue: Callable[[], Any] = _nothing  # ends the call that waits for a worker
     release: Callable[[], None] = _nothing  # frees the worker, or the place in the queue
 
@@ -32,9 +33,16 @@ class Ticket:
         """For a second try: it is in the queue once more."""
         self.worker = None
 
-    def end_waiting(self) -> None:
-        """Leave the queue, if it is there."""
+    def cancel(self) -> None:
+        """Leave the queue, if it is there, and do not come back."""
+        self.canceled = True
         if self.worker is None:
+            self.leave_queue()
+
+    def give_up(self) -> None:
+        """Leave the queue, if it is there, because that took too long."""
+        if self.worker is None:
+            self.overdue = True
             self.leave_queue()
 
 

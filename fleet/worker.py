@@ -21,7 +21,7 @@ from tools.server import Project, cog_server
 CONFLICT = 409  # coglet is busy until some milliseconds after its last answer
 RETRY_SECONDS = 0.002
 MOST_CONFLICT_SECONDS = 60.0  # a server that is busy without a prediction for so long stands still
-HEALTH_SECONDS = 5.0
+ASK_SECONDS = 10.0  # more than coglet gives the predictor to say how it is
 GOOD = ("READY", "BUSY")
 SERVER_PYTHON = ROOT / ".venv/bin/python"  # has what the predictor needs; in a container this process's own has it
 
@@ -68,22 +68,32 @@ class Worker:
         """
         del ticket
         if additions:
-            body = await asyncio.to_thread(_with_additions, body, additions)
+            body = _with_additions(body, additions)
         answer = await self._send(method, path, content_type, body)
-        if b'"status":"failed"' in answer.body:
-            await self._end_if_broken()  # so that the front tries again what was the server's fault
+        if b'"status":"failed"' in answer.body and (state := await self._state()) not in GOOD:
+            self._end(f"is {state}")  # so that the front tries again what was the server's fault
         if match := re.search(rb'"lora_cache":"(\w+)"', answer.body[: answer.body.find(b'"output"')]):
             self._metrics.lora_cache(match[1].decode())
         return answer
 
-    async def ask(self, *, method: str, path: str, body: bytes = b"", worker: str = "") -> Answer:
-        """The server's answer to anything that takes no time; `worker` is for the router alone."""
+    async def ask(self, *, method: str, path: str, worker: str = "") -> Answer:
+        """The server's answer to anything that takes no time; `worker` is for the router alone.
+
+        Raises `TimeoutError` when there is none in time.
+        """
         del worker
-        return await self._request(method, path, "application/json", body, HEALTH_SECONDS)
+        return await self._request(method, path, "", b"", ASK_SECONDS)
 
     async def check_health(self) -> None:
-        """Ray calls this every few seconds."""
-        await self._end_if_broken()
+        """Ray calls this every few seconds, and ends a worker for which this has raised three times in a row."""
+        state = await self._state()
+        if state not in GOOD:
+            raise RuntimeError(f"Cog's server is {state}.")
+
+    async def _state(self) -> str:
+        """What /health-check says."""
+        answer = await self.ask(method="GET", path="/health-check")
+        return str(json.loads(answer.body)["status"])
 
     async def __del__(self) -> None:
         """Ray calls this when a worker is to end and its predictions are done."""
@@ -94,7 +104,10 @@ class Worker:
     async def _send(self, method: str, path: str, content_type: str, body: bytes) -> Answer:
         give_up = time.monotonic() + MOST_CONFLICT_SECONDS
         while True:
-            answer = await self._request(method, path, content_type, body, self._longest_seconds)
+            try:
+                answer = await self._request(method, path, content_type, body, self._longest_seconds)
+            except TimeoutError:
+                self._end("stands still")
             if answer.status != CONFLICT:
                 return answer
             if time.monotonic() > give_up:
@@ -113,13 +126,8 @@ class Worker:
                 timeout=aiohttp.ClientTimeout(total=seconds),
             ) as response:
                 return Answer(response.status, response.content_type, await response.read())
-        except (aiohttp.ClientError, TimeoutError) as error:
-            self._end(f"gives no answer ({type(error).__name__})")
-
-    async def _end_if_broken(self) -> None:
-        health = json.loads((await self._request("GET", "/health-check", "", b"", HEALTH_SECONDS)).body)
-        if health["status"] not in GOOD:
-            self._end(f"is {health['status']}: {health.get('user_healthcheck_error', '')}")
+        except aiohttp.ClientError as error:
+            self._end(f"has gone ({type(error).__name__})")
 
     def _end(self, why: str) -> NoReturn:
         _print(f"Cog's server {why}: this worker ends, and another one is started.")
