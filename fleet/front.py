@@ -7,6 +7,7 @@ import time
 from collections.abc import Coroutine
 from typing import Any
 
+from jsonschema import Draft7Validator
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException, RequestCancelledError
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
@@ -23,6 +24,7 @@ from fleet.worker import Answer
 
 TRIES = 2
 JSON = "application/json"
+ASYNCHRONOUS = "respond-async"
 ASK_SECONDS = 30.0
 STATE_SECONDS = 1.0  # for which what Ray said of the fleet is taken as true
 CANCEL_SECONDS, CANCEL_PAUSE = 5.0, 0.02  # in which a prediction that has got its worker arrives there
@@ -107,14 +109,33 @@ class Front:
         ticket = TICKETS[id_] = Ticket(id_, body.weights, body.input)
         path = "/predictions" if request.method == "POST" else f"/predictions/{id_}"
         sent = request.method, path, request.headers.get("content-type", ""), raw, body.additions(id_, request.method)
-        task = self._in_background(self._run(ticket, body, sent))
-        if body.input is not None and "respond-async" in request.headers.get("prefer", ""):
+        if request.headers.get("prefer") == ASYNCHRONOUS and await self._is_valid(body.input):
+            self._in_background(self._run_and_tell(ticket, body, sent))
             return Answer(202, JSON, to_json({"id": id_, "status": "starting"}))
+        task = self._in_background(self._run(ticket, body, sent))
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:  # the client has hung up
             self._in_background(self._cancel(ticket))
             raise
+
+    async def _is_valid(self, inputs: dict[str, Any] | None) -> bool:
+        """As far as the schema says, where there is one: what is not is left to a server, which says why."""
+        schema = await self._same_everywhere("/openapi.json")
+        if inputs is None or schema is None:
+            return False
+        components = json.loads(schema.body).get("components", {})
+        if "Input" not in components.get("schemas", {}):
+            return True
+        checker = Draft7Validator({"$ref": "#/components/schemas/Input", "components": components})
+        return bool(checker.is_valid(inputs))
+
+    async def _run_and_tell(self, ticket: Ticket, body: Body, sent: tuple[Any, ...]) -> Answer:
+        """For a client that does not wait: what a server refuses, it tells no webhook."""
+        answer = await self._run(ticket, body, sent)
+        if 400 <= answer.status < 500:
+            await send_webhook(body, failed(ticket.id, answer.body.decode(errors="replace")))
+        return answer
 
     async def _run(self, ticket: Ticket, body: Body, sent: tuple[Any, ...]) -> Answer:
         """One prediction from the queue to its answer; never an error."""

