@@ -18,6 +18,7 @@ HEALTH_PERIOD, HEALTH_TIMEOUT = 5.0, 20.0  # seconds
 CONSTRUCTOR_TRIES = 2
 # The router is called on the front's own event loop: its tickets are shared, and a call to another thread costs time.
 FRONT_ENVIRONMENT = {"RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
+FRONT_PLACE = {"node:__internal_head__": 0.001}  # the machine whose loss ends the fleet anyway, so no other one does
 
 
 class Options(BaseModel):
@@ -62,7 +63,7 @@ def front(worker: serve.Application | DeploymentHandle, options: Options) -> ser
         Front,
         name=FRONT,
         max_ongoing_requests=MOST_CALLS,
-        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": FRONT_ENVIRONMENT}},
+        ray_actor_options={"num_cpus": 0, "resources": FRONT_PLACE, "runtime_env": {"env_vars": FRONT_ENVIRONMENT}},
     ).bind(worker, options.longest_queue, options.longest_wait)
 
 
