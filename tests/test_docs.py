@@ -151,6 +151,11 @@ def test_the_metrics_are_those_of_a_response(server: Server, small: dict[str, An
     assert sorted(named) == sorted(server(**small)["metrics"])
 
 
+def test_the_metrics_of_the_fleet_are_those_that_it_counts() -> None:
+    counted = {text for text in python_strings("fleet/metrics.py") if re.fullmatch(r"fleet_[a-z_]+", text)}
+    assert sorted(names_of(DOCS / "fleet.md", "Metrics of the fleet")) == sorted(counted)
+
+
 @pytest.mark.parametrize(("page", "heading"), [("loras.md", "Ten common errors"), ("configuration.md", "Errors")])
 def test_the_errors_are_those_of_the_code(page: str, heading: str) -> None:
     sources = python_strings("*.py", "fetch/*.py", "flux/*.py", "lora/*.py", "service/*.py")
