@@ -20,7 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,13 @@ import requests
 
 pytest.importorskip("ray", reason="the fleet's tests run in its own environment: script/test-fleet")
 
+import yaml
+from ray.cluster_utils import Cluster
+from ray.serve.schema import ServeDeploySchema
+
+from fleet.__main__ import _parser
+from fleet.app import Options
+from fleet.state import APP, WORKER
 from tools.server import Project, cog_server
 
 ROOT = Path(__file__).parent.parent
@@ -372,3 +379,109 @@ def test_a_setup_that_fails_is_said_once() -> None:
         assert [line for line in fleet.log if line.startswith("fleet error")] == [
             "fleet error: RuntimeError: The weights are bad.\n"
         ]
+
+
+@dataclass
+class Shelf:
+    """A server of LoRAs on this machine."""
+
+    url: str
+    sent: list[str] = field(default_factory=list)  # the paths whose files it has sent, to whoever had none
+
+
+@pytest.fixture(scope="module")
+def shelf() -> Iterator[Shelf]:
+    class Files(SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            time.sleep(0.5)  # so that both workers want it before one has it
+            super().do_GET()
+
+        def log_request(self, code: int | str = "", size: int | str = "") -> None:
+            if code == 200:
+                found.sent.append(self.path)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Files, directory=LORAS)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        found = Shelf(f"http://127.0.0.1:{server.server_port}")
+        yield found
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def painters(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """Two workers of the demo model, which do not wait for a better one."""
+    cache = str(tmp_path_factory.mktemp("loras"))
+    variables = {"OMP_NUM_THREADS": "1", "LORA_ALLOW_PRIVATE_HOSTS": "1", "LORA_CACHE_DIR": cache}
+    with started("--workers", "2", "--swap-seconds", "0", **variables) as fleet:
+        yield fleet
+
+
+SMALL = {"prompt": "a red circle", "aspect_ratio": "custom", "width": 256, "height": 256, "output_format": "png"}
+QUICK = {**SMALL, "model": "schnell", "num_inference_steps": 2, "seed": 5}
+
+
+def test_pictures_and_refusals_are_those_of_a_single_server(painters: Fleet, pool: ThreadPoolExecutor) -> None:
+    with cog_server({"OMP_NUM_THREADS": "1"}, project=Project(ROOT, PYTHON)) as single:
+        for options in ({}, {"go_fast": True, "aspect_ratio": "1:1", "megapixels": "0.25"}):
+            alone = single.predict(QUICK | options)
+            assert alone["status"] == "succeeded", alone
+            both = [pool.submit(partial(painters, **QUICK | options)) for _ in range(2)]
+            assert [job.result()["output"] for job in both] == [alone["output"]] * 2
+        for inputs in ({}, {"prompt": 1}, QUICK | {"width": 9}, QUICK | {"model": "pro"}, QUICK | {"seed": "x"}):
+            one = requests.post(f"{single.url}/predictions", json={"input": inputs}, timeout=PATIENCE)
+            many = painters.post({"input": inputs})
+            assert (many.status_code, many.text) == (one.status_code, one.text) == (422, one.text)
+        wrong = QUICK | {"extra_lora": "no such thing"}
+        assert painters(**wrong)["error"] == single.predict(wrong)["error"]
+    eventually(lambda: any("schnell, txt2img" in line for line in painters.log))
+
+
+def test_a_lora_is_downloaded_once_and_its_requests_go_where_it_is(
+    painters: Fleet, shelf: Shelf, pool: ThreadPoolExecutor
+) -> None:
+    def draw(lora: str) -> str:
+        answer = painters(**QUICK, replicate_weights=f"{shelf.url}/{lora}.safetensors")
+        assert answer["status"] == "succeeded", answer
+        return str(answer["metrics"]["lora_cache"])
+
+    together = [pool.submit(draw, "sunset") for _ in range(2)]
+    assert {job.result() for job in together} <= {"download", "disk"}
+    assert shelf.sent == ["/sunset.safetensors"]
+    assert draw("pastel") == "download"
+    assert [draw(lora) for lora in ("sunset", "pastel", "sunset", "pastel")] == ["memory"] * 4
+    eventually(lambda: painters.metrics()["fleet_lora_cache_total"] >= 7)
+
+
+def test_a_machine_that_dies_costs_nothing(pool: ThreadPoolExecutor) -> None:
+    """Two nodes of Ray on this machine, with a worker each; the front is on the one that stays."""
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    cluster = Cluster(initialize_head=True, head_node_args={"temp_dir": folder, "include_dashboard": False})
+    try:
+        other = cluster.add_node(env_vars={"RAY_SERVE_WORKER_PROXY_HTTP_PORT": str(free_port())})
+        with started(*SLEEPY, *SHORT, "--workers", "2", "--address", cluster.address) as fleet:
+            assert len(servers(fleet, pool)) == 2
+            jobs = [pool.submit(partial(fleet, prompt=str(turn), seconds=1)) for turn in range(6)]
+            eventually(lambda: fleet.health()["queue"]["running"] == 2)
+            cluster.remove_node(other, allow_graceful=False)
+            assert [job.result()["output"].split()[0] for job in jobs] == ["0", "1", "2", "3", "4", "5"]
+    finally:
+        cluster.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_the_docs_name_every_option_and_its_default() -> None:
+    rows = re.findall(r"^\| `(--[a-z-]+)` \| (.+?) \|", (ROOT / "docs" / "fleet.md").read_text(), re.MULTILINE)
+    parser = _parser()
+    assert [name for name, _ in rows] == re.findall(r"^  (--[a-z-]+)", parser.format_help(), re.MULTILINE)
+    numbers = {name: float(cell) for name, cell in rows if cell.isdigit()}
+    assert len(numbers) == 7
+    assert numbers == {name: parser.get_default(name[2:].replace("-", "_")) for name in numbers}
+
+
+def test_the_file_for_kubernetes_is_an_application_of_this_fleet() -> None:
+    spec = yaml.safe_load((ROOT / "fleet" / "rayservice.yaml").read_text())["spec"]
+    (application,) = ServeDeploySchema(**yaml.safe_load(spec["serveConfigV2"])).applications
+    assert (application.name, application.import_path, application.route_prefix) == (APP, "fleet.app:build", "/")
+    assert set(application.args) <= set(Options.model_fields)
+    assert [deployment.name for deployment in application.deployments] == [WORKER]
+    assert f"ray[serve]=={spec['rayClusterConfig']['rayVersion']}" in (ROOT / "requirements-fleet.txt").read_text()
