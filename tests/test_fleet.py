@@ -4,13 +4,10 @@ It runs in the fleet's own environment, without what the other tests share: scri
 """
 
 import json
-import os
 import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -36,7 +33,8 @@ from ray.serve.schema import ServeDeploySchema
 from fleet.__main__ import _parser
 from fleet.app import Options
 from fleet.state import APP, WORKER
-from tools.server import Project, cog_server
+from tools.fleet import Fleet, started_fleet, wait_until_ready
+from tools.server import Project, cog_server, free_port
 
 ROOT = Path(__file__).parent.parent
 SLEEPER = ROOT / "bench" / "sleeper"
@@ -47,76 +45,12 @@ SHORT = ("--swap-seconds", "0.2")
 SLEEPY = ("--project", str(SLEEPER))
 
 
-@dataclass
-class Fleet:
-    """One that runs; calling it makes a prediction."""
-
-    url: str
-    process: "subprocess.Popen[str]"
-    metrics_port: int
-    log: list[str] = field(default_factory=list)
-
-    def __call__(self, **inputs: Any) -> dict[str, Any]:
-        answer = self.post({"input": inputs})
-        assert answer.status_code == 200, answer.text
-        return answer.json()
-
-    def post(self, body: Any, **headers: str) -> requests.Response:
-        headers = {name.replace("_", "-"): value for name, value in headers.items()}
-        return requests.post(f"{self.url}/predictions", json=body, headers=headers, timeout=PATIENCE)
-
-    def put(self, id_: str, **inputs: Any) -> requests.Response:
-        return requests.put(f"{self.url}/predictions/{id_}", json={"input": inputs}, timeout=PATIENCE)
-
-    def cancel(self, id_: str) -> int:
-        return requests.post(f"{self.url}/predictions/{id_}/cancel", timeout=PATIENCE).status_code
-
-    def health(self) -> dict[str, Any]:
-        return requests.get(f"{self.url}/health-check", timeout=PATIENCE).json()
-
-    def metrics(self) -> dict[str, float]:
-        """The sum over workers of each of the fleet's metrics."""
-        text = requests.get(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=PATIENCE).text
-        sums: Counter[str] = Counter()
-        for name, value in re.findall(r"^ray_(fleet_\w+)\{.*\} (\S+)$", text, re.MULTILINE):
-            sums[name] += float(value)
-        return sums
-
-
 @contextmanager
 def started(*options: str, ready: bool = True, **environment: str) -> Iterator[Fleet]:
-    """script/fleet with its own Ray, on free ports."""
-    port, metrics_port = free_port(), free_port()
-    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short: Ray makes sockets in it
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fleet", "--port", str(port), "--metrics-port", str(metrics_port), *options],
-        cwd=ROOT,
-        env=os.environ | {"RAY_TMPDIR": folder} | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    )
-    fleet = Fleet(f"http://127.0.0.1:{port}", process, metrics_port)
-    reader = threading.Thread(target=lambda: fleet.log.extend(process.stdout or ()), daemon=True)
-    reader.start()
-    try:
+    with started_fleet(*options, environment=environment) as fleet:
         if ready:
-            eventually(lambda: any("Serving at" in line for line in fleet.log) or process.poll() is not None)
-            assert process.poll() is None, "".join(fleet.log)
+            wait_until_ready(fleet)
         yield fleet
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(PATIENCE)
-        reader.join(PATIENCE)
-        process.stdout.close()
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def eventually(condition: Callable[[], Any]) -> Any:
@@ -133,7 +67,6 @@ def sleepers() -> Iterator[Fleet]:
     with started(
         *SLEEPY, "--workers", "2", "--longest-queue", "6", "--longest-wait", "6", "--longest-prediction", "9", *SHORT
     ) as fleet:
-        fleet.health()  # so the front has met its workers
         yield fleet
 
 
@@ -210,8 +143,8 @@ def test_beyond_the_longest_queue_the_answer_is_503(sleepers: Fleet, pool: Threa
     waiting = [pool.submit(partial(sleepers, prompt="waits")) for _ in range(6)]
     eventually(lambda: sleepers.health()["queue"]["waiting"] == 6)
     assert sleepers.health()["status"] == "BUSY"
-    for headers in ({}, {"Prefer": "respond-async"}):
-        refused = sleepers.post({"input": {"prompt": "one too many"}}, **headers)
+    for prefer in (None, "respond-async"):
+        refused = sleepers.post({"input": {"prompt": "one too many"}}, prefer)
         assert refused.status_code == 503
         assert int(refused.headers["Retry-After"]) >= 1
         assert "queue is full" in refused.json()["error"]
@@ -295,7 +228,7 @@ def test_an_asynchronous_prediction_tells_its_webhook(
 ) -> None:
     url, received = webhooks
     answer = sleepers.post(
-        {"id": "a", "input": {"prompt": "x", "seed": 1, "seconds": 0.2}, "webhook": url}, Prefer="respond-async"
+        {"id": "a", "input": {"prompt": "x", "seed": 1, "seconds": 0.2}, "webhook": url}, prefer="respond-async"
     )
     assert (answer.status_code, answer.json()) == (202, {"id": "a", "status": "starting"})
     done = eventually(lambda: [event for event in received if event["status"] == "succeeded"])

@@ -21,6 +21,7 @@ from tools.server import ServerError, free_port
 
 PYTHON = ROOT / ".venv-fleet" / "bin" / "python"
 POLL_SECONDS = 0.05
+SECONDS = 120  # for an answer
 STOP_SECONDS = 60
 
 
@@ -33,9 +34,26 @@ class Fleet:
     process: "subprocess.Popen[str]"
     log: list[str] = field(default_factory=list)
 
-    def post(self, body: Any, headers: Mapping[str, str] | None = None) -> requests.Response:
+    def __call__(self, **inputs: Any) -> dict[str, Any]:
+        """Make a prediction. Raises `ServerError` for an answer that is none."""
+        response = self.post({"input": inputs})
+        if response.status_code != 200:
+            raise ServerError(f"the fleet answers {response.status_code}: {response.text[:200]}")
+        answer: dict[str, Any] = response.json()
+        return answer
+
+    def post(self, body: Any, prefer: str | None = None) -> requests.Response:
         """Send it to /predictions."""
-        return requests.post(f"{self.url}/predictions", json=body, headers=headers, timeout=None)
+        headers = {"Prefer": prefer} if prefer else None
+        return requests.post(f"{self.url}/predictions", json=body, headers=headers, timeout=SECONDS)
+
+    def put(self, id_: str, **inputs: Any) -> requests.Response:
+        """Make a prediction of this id."""
+        return requests.put(f"{self.url}/predictions/{id_}", json={"input": inputs}, timeout=SECONDS)
+
+    def cancel(self, id_: str) -> int:
+        """The answer's status."""
+        return requests.post(f"{self.url}/predictions/{id_}/cancel", timeout=SECONDS).status_code
 
     def health(self) -> dict[str, Any]:
         """What /health-check says."""
