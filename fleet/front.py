@@ -5,6 +5,7 @@ import json
 import math
 import time
 from collections.abc import Coroutine
+from contextvars import Context
 from typing import Any
 
 from jsonschema import Draft7Validator
@@ -219,7 +220,8 @@ class Front:
         return len(TICKETS) - len(WORKERS) >= self._longest_queue
 
     def _in_background(self, work: Coroutine[Any, Any, Answer]) -> asyncio.Task[Answer]:
-        task = asyncio.get_running_loop().create_task(work)
+        # in a context of its own: in the request's, Ray would cancel every call that follows when the client hangs up
+        task = asyncio.get_running_loop().create_task(work, context=Context())
         self._tasks.add(task)  # the loop itself keeps none alive
         task.add_done_callback(self._tasks.discard)
         return task
