@@ -4,13 +4,14 @@ It runs in the fleet's environment and takes what script/fleet takes.
 """
 
 import sys
+from pathlib import Path
 from typing import Any
 
 from ray import serve
 from ray.serve.handle import DeploymentResponse
 
 from fleet import __main__ as command
-from fleet.app import HEALTH_PERIOD, HEALTH_TIMEOUT, MOST_CALLS, Options, worker_resources
+from fleet.app import HEALTH_PERIOD, HEALTH_TIMEOUT, MOST_CALLS, Options, input_schema, worker_resources
 from fleet.front import Front
 from fleet.tickets import Ticket
 from fleet.worker import Answer, Worker
@@ -47,7 +48,7 @@ def build(options: Options) -> serve.Application:
     front = serve.deployment(
         MultiplexedFront, name="Front", max_ongoing_requests=MOST_CALLS, ray_actor_options={"num_cpus": 0}
     )
-    return front.bind(worker, options.longest_queue, options.longest_wait)
+    return front.bind(worker, input_schema(Path(options.project)), options.longest_queue, options.longest_wait)
 
 
 if __name__ == "__main__":

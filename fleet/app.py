@@ -1,5 +1,8 @@
 """The fleet as an application of Ray Serve, for `script/fleet`, `serve run fleet.app:build` and a RayService."""
 
+from pathlib import Path
+from typing import Any
+
 import ray
 from pydantic import BaseModel
 from ray import serve
@@ -11,6 +14,7 @@ from fleet.router import AffinityRouter
 from fleet.state import FRONT, WORKER
 from fleet.worker import Worker
 from tools import ROOT
+from tools.cog_schema import openapi_document
 
 CALLS_BESIDE = 32  # that a worker answers while it is at a prediction: cancelling, its state
 MOST_CALLS = 100_000  # that the front has open: its own bound is the queue's
@@ -64,14 +68,22 @@ def front(worker: serve.Application | DeploymentHandle, options: Options) -> ser
         name=FRONT,
         max_ongoing_requests=MOST_CALLS,
         ray_actor_options={"num_cpus": 0, "resources": FRONT_PLACE, "runtime_env": {"env_vars": FRONT_ENVIRONMENT}},
-    ).bind(worker, options.longest_queue, options.longest_wait)
+    ).bind(worker, input_schema(Path(options.project)), options.longest_queue, options.longest_wait)
+
+
+def input_schema(project: Path) -> dict[str, Any]:
+    """Of our predict.py's inputs, as JSON schema; another project's may be anything."""
+    if project != ROOT:
+        return {"type": "object"}
+    document = openapi_document((project / "predict.py").read_text())
+    return {"$ref": "#/components/schemas/Input", "components": document["components"]}
 
 
 def worker_resources() -> dict[str, float]:
-    """One GPU and its share of the processors; where the cluster has no GPU, one processor."""
-    total = ray.cluster_resources()
-    gpus, cpus = total.get("GPU", 0), total.get("CPU", 1)
-    return {"num_gpus": 1, "num_cpus": max(1, cpus // gpus)} if gpus else {"num_cpus": 1}
+    """One GPU and its share of its machine's processors; where the cluster has no GPU, one processor."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    shares = [node.get("CPU", 1) // node["GPU"] for node in nodes if node.get("GPU")]
+    return {"num_gpus": 1, "num_cpus": max(1, min(shares))} if shares else {"num_cpus": 1}
 
 
 def _size(options: Options) -> dict[str, object]:

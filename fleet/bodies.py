@@ -10,6 +10,7 @@ from fleet.dispatch import Weights
 
 VALID_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 SEED_BITS = 32
+EVENTS = ("start", "output", "logs", "completed")  # that a webhook can ask for
 LORAS = (("replicate_weights", "lora_scale"), ("extra_lora", "extra_lora_scale"))  # inputs: reference, strength
 
 
@@ -28,7 +29,7 @@ class Body:
         if self.input is None:
             return None
         loras = ((self.input.get(name) or "", self.input.get(scale, 1)) for name, scale in LORAS)
-        named = tuple((str(name).strip(), float(_number(scale))) for name, scale in loras if name)
+        named = tuple((str(name).strip(), _number(scale)) for name, scale in loras if name)
         custom = self.input.get("aspect_ratio") == "custom" and not self.input.get("image")  # never runs in fp8
         return Weights(str(self.input.get("model", "dev")), bool(self.input.get("go_fast")) and not custom, named)
 
@@ -46,19 +47,19 @@ def read_body(raw: bytes) -> Body:
     """Read what concerns the front; never an error."""
     try:
         document = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         return Body()
     if not isinstance(document, dict) or not isinstance(document.get("input", {}), dict):
         return Body()
     events = document.get("webhook_events_filter")
     id_, webhook = document.get("id"), document.get("webhook")
-    if not isinstance(id_, str | None) or not isinstance(webhook, str | None):
+    if not isinstance(id_, str | None) or not isinstance(webhook, str | None) or not _are_events(events):
         return Body()
     return Body(
         input=document.setdefault("input", {}),
         id=id_,
         webhook=webhook,
-        webhook_events=tuple(map(str, events)) if isinstance(events, list) else None,
+        webhook_events=None if events is None else tuple(events),
     )
 
 
@@ -69,7 +70,7 @@ def new_id() -> str:
 
 def to_json(document: Any) -> bytes:
     """Compact, as coglet writes it."""
-    return json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
+    return json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode(errors="replace")
 
 
 def failed(prediction: str, error: str) -> dict[str, Any]:
@@ -83,4 +84,12 @@ def canceled(prediction: str) -> dict[str, Any]:
 
 
 def _number(value: Any) -> float:
-    return value if isinstance(value, int | float) else 1.0
+    """1, as if it were left out, for what is none: a server refuses that anyway."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return 1.0
+
+
+def _are_events(events: Any) -> bool:
+    return events is None or (isinstance(events, list) and all(event in EVENTS for event in events))

@@ -36,7 +36,7 @@ class Worker:
             return 0
         key = weights.model, weights.fast
         same_model = self.last is not None and key == (self.last.model, self.last.fast)
-        return (not same_model) + 2 * (self.held.get(key) != weights.loras)
+        return (not same_model) + 2 * (self.held.get(key, ()) != weights.loras)
 
     def begin(self, prediction: str, weights: Weights | None, now: float) -> None:
         self.prediction, self.since = prediction, now

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Coroutine
 from contextvars import Context
-from typing import Any
+from typing import Any, TypeVar
 
 from jsonschema import Draft7Validator
 from ray.exceptions import RayError
@@ -25,6 +25,7 @@ from fleet.worker import Answer
 
 TRIES = 2
 JSON = "application/json"
+MOST_BYTES = 100 * 2**20  # of a request, as coglet has it
 ASYNCHRONOUS = "respond-async"
 ASK_SECONDS = 30.0
 STATE_SECONDS = 1.0  # for which what Ray said of the fleet is taken as true
@@ -34,11 +35,21 @@ LATE = "No worker was free in time: try again later."
 LOST = "The worker that ran this prediction was lost, and so was the one that tried it again."
 
 
+T = TypeVar("T")
+
+
 class Front:
     """A deployment of one replica: it holds the queue."""
 
-    def __init__(self, workers: DeploymentHandle, longest_queue: int, longest_wait: float) -> None:
-        """Beyond `longest_queue` waiting predictions, or `longest_wait` seconds in the queue, the answer is 503."""
+    def __init__(
+        self, workers: DeploymentHandle, inputs: dict[str, Any], longest_queue: int, longest_wait: float
+    ) -> None:
+        """Beyond `longest_queue` waiting predictions, or `longest_wait` seconds in the queue, the answer is 503.
+
+        `inputs` is the JSON schema of what a prediction takes. What it does not allow is not taken in the background:
+        the client waits for a server to say what is wrong.
+        """
+        self._inputs = Draft7Validator(inputs)
         self._workers, self._longest_queue, self._longest_wait = workers, longest_queue, longest_wait
         self._metrics = FrontMetrics()
         self._mean_seconds = 0.0  # of a prediction, lately
@@ -101,6 +112,8 @@ class Front:
         return await self._same_everywhere(request.url.path) or _unavailable("No worker runs yet.", 1)
 
     async def _predict(self, request: Request, raw: bytes, body: Body, id_: str) -> Answer:
+        if len(raw) > MOST_BYTES:
+            return Answer(413, "text/plain; charset=utf-8", b"length limit exceeded")
         if not VALID_ID.fullmatch(id_):
             return _unprocessable("prediction ID must be 1 to 64 of the characters A-Z a-z 0-9 _ -")
         if id_ in TICKETS:
@@ -110,7 +123,7 @@ class Front:
         ticket = TICKETS[id_] = Ticket(id_, body.weights, body.input)
         path = "/predictions" if request.method == "POST" else f"/predictions/{id_}"
         sent = request.method, path, request.headers.get("content-type", ""), raw, body.additions(id_, request.method)
-        if request.headers.get("prefer") == ASYNCHRONOUS and await self._is_valid(body.input):
+        if request.headers.get("prefer") == ASYNCHRONOUS and self._inputs.is_valid(body.input):
             self._in_background(self._run_and_tell(ticket, body, sent))
             return Answer(202, JSON, to_json({"id": id_, "status": "starting"}))
         task = self._in_background(self._run(ticket, body, sent))
@@ -119,17 +132,6 @@ class Front:
         except asyncio.CancelledError:  # the client has hung up
             self._in_background(self._cancel(ticket))
             raise
-
-    async def _is_valid(self, inputs: dict[str, Any] | None) -> bool:
-        """As far as the schema says, where there is one: what is not is left to a server, which says why."""
-        schema = await self._same_everywhere("/openapi.json")
-        if inputs is None or schema is None:
-            return False
-        components = json.loads(schema.body).get("components", {})
-        if "Input" not in components.get("schemas", {}):
-            return True
-        checker = Draft7Validator({"$ref": "#/components/schemas/Input", "components": components})
-        return bool(checker.is_valid(inputs))
 
     async def _run_and_tell(self, ticket: Ticket, body: Body, sent: tuple[Any, ...]) -> Answer:
         """For a client that does not wait: what a server refuses, it tells no webhook."""
@@ -150,14 +152,14 @@ class Front:
             own = failed(ticket.id, LOST)
         except asyncio.CancelledError:
             if ticket.overdue:
-                await send_webhook(body, failed(ticket.id, LATE))
+                self._in_background(send_webhook(body, failed(ticket.id, LATE)))
                 return self._refused(LATE)
             if not ticket.canceled:  # by us, while it waited: else the front itself ends
                 raise
             own = canceled(ticket.id)
         finally:
             TICKETS.pop(ticket.id, None)
-        await send_webhook(body, own)
+        self._in_background(send_webhook(body, own))
         return Answer(200, JSON, to_json(own))
 
     async def _try(self, ticket: Ticket, sent: tuple[Any, ...]) -> Answer | None:
@@ -219,7 +221,7 @@ class Front:
     def _full(self) -> bool:
         return len(TICKETS) - len(WORKERS) >= self._longest_queue
 
-    def _in_background(self, work: Coroutine[Any, Any, Answer]) -> asyncio.Task[Answer]:
+    def _in_background(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         # in a context of its own: in the request's, Ray would cancel every call that follows when the client hangs up
         task = asyncio.get_running_loop().create_task(work, context=Context())
         self._tasks.add(task)  # the loop itself keeps none alive

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 from typing import Any
 
 import aiohttp
@@ -18,11 +19,13 @@ async def send_webhook(body: Body, answer: dict[str, Any]) -> None:
     if not body.webhook or (body.webhook_events is not None and "completed" not in body.webhook_events):
         return
     timeout = aiohttp.ClientTimeout(total=SECONDS)
+    token = os.environ.get("WEBHOOK_AUTH_TOKEN")  # coglet's own variable
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
     for attempt in range(TRIES):
         try:
             async with (
                 aiohttp.ClientSession(timeout=timeout) as session,
-                session.post(body.webhook, json=answer) as response,
+                session.post(body.webhook, json=answer, headers=headers) as response,
             ):
                 if response.status < 500:
                     return

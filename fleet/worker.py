@@ -122,7 +122,8 @@ class Worker:
                 method,
                 path,
                 data=body or None,
-                headers={"Content-Type": content_type},
+                headers={"Content-Type": content_type} if content_type else {},
+                skip_auto_headers=["Content-Type"],
                 timeout=aiohttp.ClientTimeout(total=seconds),
             ) as response:
                 return Answer(response.status, response.content_type, await response.read())
@@ -141,7 +142,7 @@ def _with_additions(body: bytes, additions: dict[str, Any]) -> bytes:
         document.setdefault("input", {})["seed"] = additions["seed"]
     if "id" in additions:
         document["id"] = additions["id"]
-    return json.dumps(document, ensure_ascii=False).encode()
+    return json.dumps(document).encode()
 
 
 def _print(line: str) -> None:

@@ -128,13 +128,20 @@ def test_everything_is_given_once_to_an_idle_worker(events: list[str | int], ste
             Weights("dev", False, (("a/b", 1.0), ("c/d", 0.5))),
         ),
         ({"replicate_weights": "", "extra_lora": None, "lora_scale": "junk"}, Weights("dev", False, ())),
+        ({"replicate_weights": "a/b", "lora_scale": 10**400}, Weights("dev", False, (("a/b", 1.0),))),
     ],
 )
 def test_the_weights_of_a_request_are_those_of_the_contract(inputs: dict[str, object], expected: Weights) -> None:
     assert read_body(json.dumps({"input": inputs}).encode()).weights == expected
 
 
-@pytest.mark.parametrize("raw", [b"", b"nonsense", b"[1]", b'{"input":[1]}', b'{"id":7}', b"\xff", b'{"webhook":{}}'])
+DEEP = b"[" * 100_000
+EVENTS = b'{"input":{},"webhook_events_filter":["x"]}'
+
+
+@pytest.mark.parametrize(
+    "raw", [b"", b"nonsense", b"[1]", b'{"input":[1]}', b'{"id":7}', b"\xff", b'{"webhook":{}}', DEEP, EVENTS]
+)
 def test_a_body_that_is_not_cogs_is_left_to_a_server(raw: bytes) -> None:
     body = read_body(raw)
     assert body.input is None

@@ -42,6 +42,7 @@ PYTHON = ROOT / ".venv" / "bin" / "python"
 LORAS = ROOT / "weights" / "demo-loras"
 PATIENCE = 60  # seconds, on a busy machine
 SHORT = ("--swap-seconds", "0.2")
+JSON = {"Content-Type": "application/json"}
 SLEEPY = ("--project", str(SLEEPER))
 
 
@@ -107,8 +108,15 @@ def test_its_answers_are_those_of_a_single_server(sleepers: Fleet) -> None:
         for path in ("/", "/openapi.json", "/predictions", "/nothing"):
             one, many = (requests.get(url + path, timeout=PATIENCE) for url in (single.url, sleepers.url))
             assert (one.status_code, one.text) == (many.status_code, many.text), path
-        for body in ('{"input":{"prompt":"é","seed":1},"id":"same"}', '{"input":[1],"id":"same"}', "junk", '{"id":7}'):
-            headers = {"Content-Type": "application/json"}
+        for body, headers in (
+            ('{"input":{"prompt":"é","seed":1},"id":"same"}', JSON),
+            ('{"input":{"prompt":"no type","seed":0},"id":"same"}', {}),
+            ('{"input":{"prompt":"\\ud800","seed":1}}', JSON),
+            ('{"input":[1],"id":"same"}', JSON),
+            ('{"input":{},"webhook_events_filter":["x"]}', JSON),
+            ("junk", JSON),
+            ('{"id":7}', JSON),
+        ):
             one, many = (
                 requests.post(f"{url}/predictions", body.encode(), headers=headers, timeout=PATIENCE)
                 for url in (single.url, sleepers.url)
@@ -188,6 +196,7 @@ def hang_up_later(fleet: Fleet, **inputs: Any) -> socket.socket:
 
 def test_the_same_id_is_one_prediction(sleepers: Fleet, pool: ThreadPoolExecutor) -> None:
     first = pool.submit(sleepers.put, "once", prompt="first", seconds=2)
+    eventually(lambda: sum(sleepers.health()["queue"].values()))
     again = eventually(lambda: (state := sleepers.put("once", prompt="first", seconds=2)).status_code == 202 and state)
     assert again.json()["input"] == {"prompt": "first", "seconds": 2}
     eventually(lambda: sleepers.put("once", prompt="first", seconds=2).json()["status"] == "processing")
@@ -262,9 +271,9 @@ def test_a_process_that_dies_or_stands_still_costs_nothing(
 
 
 def servers(fleet: Fleet, pool: ThreadPoolExecutor) -> set[int]:
-    """Those that two predictions at once run on."""
-    jobs = [pool.submit(partial(fleet, seconds=0.5)) for _ in range(2)]
-    return {job.result()["metrics"]["server"] for job in jobs}
+    """Those that two predictions at once run on; fewer while workers start."""
+    jobs = [pool.submit(fleet.post, {"input": {"seconds": 0.5}}) for _ in range(2)]
+    return {job.result().json()["metrics"]["server"] for job in jobs if job.result().status_code == 200}
 
 
 def test_a_prediction_that_kills_every_worker_fails_with_one_sentence(

@@ -17,7 +17,7 @@ MAY_IMPORT = {  # besides LEAVES; a package's name stands for all of its modules
     "flux": ("flux",),
     "lora_loader": PACKAGES,
     "predict": (*PACKAGES, "safety", "lora_loader"),
-    "fleet": ("fleet", "tools.ROOT", "tools.server"),
+    "fleet": ("fleet", "tools.ROOT", "tools.cog_schema", "tools.server"),
 }
 FOLDERS = (*PACKAGES, "service", "fleet")
 MODULES = {

@@ -8,6 +8,7 @@ on any other. The form is that of `pkg/schema/openapi_spec.go` in Cog's reposito
 
 import ast
 import json
+import os
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,9 @@ def write_schema(folder: Path = ROOT) -> Path:
     file = folder / ".cog" / "openapi_schema.json"
     if not file.exists() or file.read_text() != document:
         file.parent.mkdir(exist_ok=True)
-        file.write_text(document)
+        unfinished = file.with_suffix(f".{os.getpid()}")  # several servers may start at once
+        unfinished.write_text(document)
+        unfinished.replace(file)
     return file
 
 
