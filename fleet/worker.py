@@ -7,7 +7,7 @@ import re
 import signal
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -132,7 +132,8 @@ class Worker:
 
     def _end(self, why: str) -> NoReturn:
         _print(f"Cog's server {why}: this worker ends, and another one is started.")
-        os.killpg(self._server.process.pid, signal.SIGKILL)  # what stands still would keep the GPU's memory
+        with suppress(ProcessLookupError):
+            os.killpg(self._server.process.pid, signal.SIGKILL)  # what stands still would keep the GPU's memory
         os._exit(1)
 
 
