@@ -70,7 +70,7 @@ def one_request(server: CogServer, inputs: dict[str, Any]) -> dict[str, float]:
     return {
         "reading inputs": read,
         "saving (webp)": metrics["save_time"],
-        "rest of run() and Cog's fetching of inputs": in_run,
+        "rest of run()": in_run,
         "HTTP, JSON, base64, coglet, client": wall - metrics["predict_time"],
         "all outside the model": wall - model,
     }

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from settings import MB
 from tools import ROOT
 from tools.image_files import image_files
 from tools.server import Project, ServerError, cog_server
@@ -17,6 +18,7 @@ DEMO = {  # beside cog.yaml's, which ask for a GPU and for the real weights
     "SAFETY_MODEL": "open-nsfw",
     "LORA_FOLDER": "weights/demo-loras",
 }
+LARGE_BYTES = 100 * MB  # of the real weights, which may be there
 
 
 def main() -> int:
@@ -25,10 +27,10 @@ def main() -> int:
         files = image_files()
         for file in files:
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            if file.parts[0] == "weights":  # tens of GB, where the real ones are there
+            if (ROOT / file).stat().st_size > LARGE_BYTES:
                 (folder / file).symlink_to(ROOT / file)
             else:
-                shutil.copyfile(ROOT / file, folder / file)
+                shutil.copyfile(ROOT / file, folder / file, follow_symlinks=False)  # a link stays one, as Docker has it
         try:
             with cog_server({**DEMO, "PYTHONPATH": ""}, on_log=_print, project=Project(Path(folder))) as server:
                 answer = server.predict(_inputs())
