@@ -168,7 +168,7 @@ def test_beyond_the_longest_wait_the_answer_is_503(
     late = sleepers.post({"id": "late", "input": {}, "webhook": url})
     assert (late.status_code, "Retry-After" in late.headers) == (503, True)
     assert "in time" in late.json()["error"]
-    assert [message["status"] for message in received] == ["failed"], received
+    assert [message["status"] for message in eventually(lambda: received)] == ["failed"]
     assert [job.result()["status"] for job in running] == ["succeeded"] * 2
 
 
