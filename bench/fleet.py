@@ -1,6 +1,5 @@
 """The fleet: throughput, added latency, swaps of LoRAs, and what kills cost, with a predictor that only sleeps."""
 
-import json
 import os
 import random
 import signal
@@ -11,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import requests
@@ -20,6 +18,7 @@ from bench._common import Goal, announce, benchmark_parser, judge, table
 from bench._fleet_simulation import drawn, fewest_swaps, simulate
 from tools import ROOT
 from tools.fleet import Fleet, started_fleet, wait_until_ready
+from tools.receiver import receiver
 from tools.server import Project, cog_server
 
 SLEEPER = Project(ROOT / "bench" / "sleeper", checked=False)
@@ -108,7 +107,7 @@ def kills() -> Iterator[Goal]:
     number, workers = 1000, 3
     answered: Counter[str] = Counter()
     servers: set[int] = set()
-    with fleet(workers) as running, webhook() as (address, completed), killing(servers) as deaths:
+    with fleet(workers) as running, receiver() as (address, received), killing(servers) as deaths:
 
         def one(turn: int) -> None:
             body = {"id": f"p{turn}", "input": {"prompt": str(turn), "seconds": SECONDS[0]}}
@@ -124,9 +123,8 @@ def kills() -> Iterator[Goal]:
         retried = running.metrics()["fleet_retries_total"]
         time.sleep(2)  # for the last webhooks
     lost = number - len(answered)
-    doubled = sum(times > 1 for times in (answered + Counter()).values()) + sum(
-        times > 1 for times in completed.values()
-    )
+    completed = Counter(event.json()["id"] for event in received)
+    doubled = sum(times > 1 for times in (*answered.values(), *completed.values()))
     header = ["predictions", "servers killed", "tried again", "seconds", "lost", "doubled"]
     table(header, [[number, len(deaths), f"{retried:.0f}", f"{elapsed:.0f}", lost, doubled]])
     yield Goal("lost", lost, 0)
@@ -179,25 +177,6 @@ def counted_swaps(running: Fleet, sequence: Sequence[str], workers: int) -> tupl
     inputs = [{"replicate_weights": lora, "seconds": SECONDS[0], "swap_seconds": SWAP_SECONDS} for lora in sequence]
     elapsed, answers = send_all(running, inputs, workers)
     return sum(answer["metrics"]["swapped"] for answer in answers), elapsed
-
-
-@contextmanager
-def webhook() -> Iterator[tuple[str, Counter[str]]]:
-    """Its address, and how often each prediction has told it that it is done."""
-    completed: Counter[str] = Counter()
-
-    class Receiver(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            completed[json.loads(self.rfile.read(int(self.headers["Content-Length"])))["id"]] += 1
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None: ...
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Receiver) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/", completed
-        server.shutdown()
 
 
 @contextmanager

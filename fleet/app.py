@@ -7,7 +7,6 @@ import ray
 from pydantic import BaseModel
 from ray import serve
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
-from ray.serve.handle import DeploymentHandle
 
 from fleet.front import Front
 from fleet.router import AffinityRouter
@@ -58,11 +57,6 @@ def build(options: Options) -> serve.Application:
         ),
         **_size(options),
     ).bind(options.project, options.longest_prediction, options.generation)
-    return front(worker, options)
-
-
-def front(worker: serve.Application | DeploymentHandle, options: Options) -> serve.Application:
-    """The ingress before these workers."""
     return serve.deployment(
         Front,
         name=FRONT,

@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from fleet.__main__ import _parser
 from fleet.app import Options
 from fleet.state import APP, WORKER
 from tools.fleet import Fleet, started_fleet, wait_until_ready
+from tools.receiver import Received, receiver
 from tools.server import Project, cog_server, free_port
 
 ROOT = Path(__file__).parent.parent
@@ -78,21 +79,9 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 
 
 @pytest.fixture
-def webhooks() -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    received: list[dict[str, Any]] = []
-
-    class Receiver(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, *_: Any) -> None: ...
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Receiver) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/", received
-        server.shutdown()
+def webhooks() -> Iterator[tuple[str, list[Received]]]:
+    with receiver() as running:
+        yield running
 
 
 def busy(fleet: Fleet, pool: ThreadPoolExecutor, seconds: float = 3.0) -> list[Future[dict[str, Any]]]:
@@ -161,14 +150,14 @@ def test_beyond_the_longest_queue_the_answer_is_503(sleepers: Fleet, pool: Threa
 
 
 def test_beyond_the_longest_wait_the_answer_is_503(
-    sleepers: Fleet, pool: ThreadPoolExecutor, webhooks: tuple[str, list[dict[str, Any]]]
+    sleepers: Fleet, pool: ThreadPoolExecutor, webhooks: tuple[str, list[Received]]
 ) -> None:
     url, received = webhooks
     running = busy(sleepers, pool, seconds=7.5)
     late = sleepers.post({"id": "late", "input": {}, "webhook": url})
     assert (late.status_code, "Retry-After" in late.headers) == (503, True)
     assert "in time" in late.json()["error"]
-    assert [message["status"] for message in eventually(lambda: received)] == ["failed"]
+    assert [message.json()["status"] for message in eventually(lambda: received)] == ["failed"]
     assert [job.result()["status"] for job in running] == ["succeeded"] * 2
 
 
@@ -211,7 +200,7 @@ def test_the_same_id_is_one_prediction(sleepers: Fleet, pool: ThreadPoolExecutor
 
 
 def test_canceling_reaches_the_queue_and_the_worker(
-    sleepers: Fleet, pool: ThreadPoolExecutor, webhooks: tuple[str, list[dict[str, Any]]]
+    sleepers: Fleet, pool: ThreadPoolExecutor, webhooks: tuple[str, list[Received]]
 ) -> None:
     url, received = webhooks
     jobs = [pool.submit(sleepers.put, f"run{turn}", seconds=100) for turn in range(2)]
@@ -221,7 +210,7 @@ def test_canceling_reaches_the_queue_and_the_worker(
     eventually(lambda: sleepers.health()["queue"]["waiting"] == 1)
     assert [sleepers.cancel(id_) for id_ in ("queued", "run0", "run1", "nothing")] == [200, 200, 200, 404]
     assert [job.result().json()["status"] for job in [queued, *jobs]] == ["canceled"] * 3
-    assert eventually(lambda: received) == [queued.result().json()]
+    assert [message.json() for message in eventually(lambda: received)] == [queued.result().json()]
     assert sleepers(prompt="next")["status"] == "succeeded"
 
 
@@ -232,17 +221,15 @@ def test_a_prediction_is_canceled_in_its_first_moment(sleepers: Fleet, pool: Thr
         assert job.result().json()["status"] == "canceled"
 
 
-def test_an_asynchronous_prediction_tells_its_webhook(
-    sleepers: Fleet, webhooks: tuple[str, list[dict[str, Any]]]
-) -> None:
+def test_an_asynchronous_prediction_tells_its_webhook(sleepers: Fleet, webhooks: tuple[str, list[Received]]) -> None:
     url, received = webhooks
     answer = sleepers.post(
         {"id": "a", "input": {"prompt": "x", "seed": 1, "seconds": 0.2}, "webhook": url}, prefer="respond-async"
     )
     assert (answer.status_code, answer.json()) == (202, {"id": "a", "status": "starting"})
-    done = eventually(lambda: [event for event in received if event["status"] == "succeeded"])
+    done = eventually(lambda: [event.json() for event in received if event.json()["status"] == "succeeded"])
     assert [event["output"] for event in done] == ["x 1"]
-    assert "processing" in [event["status"] for event in received]
+    assert "processing" in [event.json()["status"] for event in received]
 
 
 @pytest.mark.parametrize("id_", ["a" * 65, "..", "%2ftmp%2fx", "..%2fx", "a b"])

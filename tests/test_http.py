@@ -15,8 +15,8 @@ import requests
 from PIL import Image
 
 from tests.conftest import Server
-from tests.receiver import receiver
 from tests.test_docs import DOCS, tokens
+from tools.receiver import receiver
 from tools.server import wait_until_idle
 
 ASYNC = {"Prefer": "respond-async"}

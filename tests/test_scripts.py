@@ -18,8 +18,8 @@ import requests
 from PIL import Image
 
 from bench._common import Goal, judge
-from tests.receiver import receiver
 from tools import ROOT
+from tools.receiver import receiver
 from tools.server import ServerError, predict
 
 

@@ -1,18 +1,26 @@
-"""A loopback server that takes whatever is sent to it: webhooks, uploads."""
+"""A loopback server that takes whatever is sent to it, webhooks and uploads: for tests and benchmarks."""
 
+import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 
 @dataclass(frozen=True)
 class Received:
+    """One request."""
+
     method: str
     path: str
     headers: dict[str, str]  # names in lower case
     body: bytes
+
+    def json(self) -> Any:
+        """The body, which is JSON."""
+        return json.loads(self.body)
 
 
 @contextmanager
